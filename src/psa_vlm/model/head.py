@@ -1,0 +1,69 @@
+"""The safety head: cross-attention from the text to the safety features, and two classifiers.
+
+Shape letters: B batch, T text positions, K safety tokens (1), Q safety queries, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+Pooling = Literal["first", "text"]
+
+
+class SafetyHead(nn.Module):
+    """Cross-attention CA with the linear classifiers W_l (level) and W_t (type).
+
+    Args:
+        width: D, width of text embeddings and safety features.
+        heads: attention heads (8 in the paper).
+        levels: number of risk levels.
+        types: number of risk types, the clean one included.
+        pooling: ``"text"`` weighs every real text position by a learned score, so that the whole
+            text counts and padding never does; ``"first"`` reads the first text position and
+            ignores the mask, as the authors' code does.
+    """
+
+    def __init__(self, width: int, heads: int, levels: int, types: int, pooling: Pooling) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.to_level = nn.Linear(width, levels)
+        self.to_type = nn.Linear(width, types)
+        self.score: nn.Linear | None = None
+        if pooling == "text":
+            self.score = nn.Linear(width, 1, bias=False)
+            nn.init.zeros_(self.score.weight)  # starts as the mean over the text
+
+    def forward(
+        self, text_embeds: Tensor, text_mask: Tensor, tokens: Tensor, safety_features: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Classify an image in the light of its text.
+
+        Args:
+            text_embeds: h_t ``[B, T, D]``.
+            text_mask: ``[B, T]``, non-zero where the text is real. A row without any real
+                position has no verdict: its logits come out as NaN under ``"text"``.
+            tokens: s_t(1) ``[1, K, D]``.
+            safety_features: h_s ``[B, Q, D]``.
+
+        Returns:
+            Level logits ``[B, levels]``, type logits ``[B, types]``, and the attention of each
+            text position to each safety query ``[B, T, Q]`` (mean over the heads; zero in rows
+            of padding).
+        """
+        real = text_mask.bool().unsqueeze(-1)  # [B, T, 1]
+        tokens = tokens.expand(len(text_embeds), -1, -1)  # [B, K, D]
+        h_scomb = torch.cat([tokens, safety_features], dim=1)  # [B, K+Q, D]
+        attended, weights = self.attention(text_embeds, h_scomb, h_scomb)  # [B,T,D] [B,T,K+Q]
+        pooled = self._pool(attended, real)  # [B, D]
+        attention = weights[:, :, tokens.shape[1] :]  # [B, T, Q]
+        return self.to_level(pooled), self.to_type(pooled), attention.masked_fill(~real, 0.0)
+
+    def _pool(self, attended: Tensor, real: Tensor) -> Tensor:
+        if self.score is None:
+            return attended[:, 0]  # [B, D]
+        attended = attended.masked_fill(~real, 0.0)  # [B, T, D]
+        scores = self.score(attended).masked_fill(~real, float("-inf"))  # [B, T, 1]
+        return (scores.softmax(dim=1) * attended).sum(dim=1)  # [B, D]
