@@ -1,0 +1,1 @@
+"""Samples, the files they come from, and the images they hold."""
