@@ -1,0 +1,320 @@
+"""The way of a request: encode once, read the concepts, decide, then refuse or answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from psa_vlm.data.images import Source, open_images
+from psa_vlm.data.sample import Turn
+from psa_vlm.errors import InputError
+from psa_vlm.model import checkpoint
+from psa_vlm.model.backbone import Backbone, ImageFeatures
+from psa_vlm.model.bottleneck import BottleneckOutput, SafetyBottleneck
+from psa_vlm.model.verdict import ImageVerdict, Verdict
+from psa_vlm.policy.policy import Decision, Policy
+from psa_vlm.taxonomy import Taxonomy
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from PIL.Image import Image
+
+Images = Source | Sequence[Source]
+NO_IMAGE = "no-image"
+"""The rule of a request without an image: nothing to assess, the language model answers."""
+MAX_NEW_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the user gets, and why.
+
+    Attributes:
+        text: the answer, or the policy's refusal.
+        verdict: None for a request without an image.
+        decision: the action and the rule that fired.
+    """
+
+    text: str
+    verdict: Verdict | None
+    decision: Decision
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "text": self.text,
+            "verdict": None if self.verdict is None else self.verdict.to_dict(),
+            "decision": self.decision.to_dict(),
+        }
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A request with its images open; `first` is the index of its first image in the batch."""
+
+    images: list[Image]
+    conversation: tuple[Turn, ...]
+    first: int
+
+    @property
+    def text(self) -> str:
+        """All that the user said: earlier turns can carry the risky part."""
+        return "\n".join(turn.text for turn in self.conversation if turn.role == "user")
+
+    @property
+    def rows(self) -> range:
+        return range(self.first, self.first + len(self.images))
+
+
+class PsaVlm:
+    """A vision-language model behind its safety bottleneck.
+
+    Attributes:
+        backbone: the vision-language model.
+        bottleneck: reads the concepts.
+        taxonomy: their names.
+        policy: used where a call gives none.
+        adapter: the LoRA of stage II inside the backbone, None before stage II.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        bottleneck: SafetyBottleneck,
+        taxonomy: Taxonomy | None = None,
+        policy: Policy | None = None,
+        adapter: PeftModel | None = None,
+    ) -> None:
+        self.backbone = backbone
+        self.bottleneck = bottleneck.eval()
+        self.taxonomy = taxonomy or Taxonomy.default()
+        self.policy = policy or Policy.default()
+        self.policy.check(self.taxonomy)
+        self.adapter = adapter
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        base: str | Path | None = None,
+        taxonomy: Taxonomy | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> PsaVlm:
+        """Load a run folder: see `psa_vlm.model.checkpoint.load` for arguments and errors."""
+        folder = Path(folder)
+        parts = checkpoint.load(folder, base, taxonomy, dtype, device)
+        policy = Policy.from_yaml(folder / "policy.yaml")
+        return cls(parts.backbone, parts.bottleneck, parts.taxonomy, policy, parts.adapter)
+
+    def save_pretrained(
+        self, folder: str | Path, extra: Callable[[Path], None] = lambda folder: None
+    ) -> None:
+        """Write a run folder, all of it or nothing: see `psa_vlm.model.checkpoint.save`.
+
+        Args:
+            folder: the run folder; replaced as a whole if it exists.
+            extra: writes further files into it.
+
+        Raises:
+            CheckpointError: it can't be written.
+        """
+        parts = checkpoint.Parts(self.backbone, self.bottleneck, self.taxonomy, self.adapter)
+
+        def with_policy(path: Path) -> None:
+            self.policy.to_yaml(path / "policy.yaml")
+            extra(path)
+
+        checkpoint.save(Path(folder), parts, with_policy)
+
+    # --- the verdict -----------------------------------------------------------------------------
+
+    def assess(self, images: Images, text: str) -> Verdict:
+        """What is risky about an image (or several, the worst decides) in the light of a text.
+
+        A verdict that can't be computed comes back as a failed one, never as safe.
+
+        Args:
+            images: a file, encoded bytes or a picture, or several of them.
+            text: what the user asks.
+
+        Raises:
+            InputError: an image can't be used, there is none, or the text is empty.
+        """
+        return self.assess_batch([images], [text])[0]
+
+    def assess_batch(self, images: Sequence[Images], texts: Sequence[str]) -> list[Verdict]:
+        """`assess` for many requests in one vision pass."""
+        requests = self._requests(images, texts)
+        if not all(request.images for request in requests):
+            raise InputError("no image to assess: give at least one for each text")
+        return self._verdicts(requests, self._encode(requests))
+
+    def _verdicts(
+        self, requests: Sequence[_Request], features: ImageFeatures | Exception | None
+    ) -> list[Verdict]:
+        """Verdicts of requests that all have images; whatever fails in here fails closed."""
+        try:
+            if isinstance(features, Exception):
+                raise features
+            if features is None:
+                return []
+            texts = [request.text for request in requests for _ in request.rows]
+            h_t, mask = self.backbone.embed_text(texts)  # [B, T, D], [B, T]
+            with torch.no_grad():
+                output = self.bottleneck(features.h_o, h_t, mask, features.grid)
+            grid = self.bottleneck.config.queries or features.grid
+            return [
+                Verdict.from_probs(
+                    [self._image_verdict(output, mask, grid, row) for row in request.rows],
+                    self.taxonomy,
+                )
+                for request in requests
+            ]
+        except InputError:
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            return [Verdict.failed(reason) for _ in requests]
+
+    def _image_verdict(
+        self, output: BottleneckOutput, mask: Tensor, grid: tuple[int, int], row: int
+    ) -> ImageVerdict:
+        types = output.type_logits[row].double().softmax(-1).tolist()
+        levels = output.level_logits[row].double().softmax(-1).tolist()
+        looked_at = output.attention[row][mask[row].bool()].mean(0)  # [Q]
+        evidence = looked_at / looked_at.max().clamp_min(torch.finfo(looked_at.dtype).tiny)
+        return ImageVerdict(
+            dict(zip(self.taxonomy.types, types, strict=True)),
+            dict(zip(self.taxonomy.levels, levels, strict=True)),
+            evidence.reshape(grid).cpu().numpy(),
+        )
+
+    # --- the reply -------------------------------------------------------------------------------
+
+    def reply(
+        self,
+        images: Images,
+        text: str,
+        policy: Policy | None = None,
+        concepts: Mapping[str, str] | None = None,
+        history: Sequence[Turn] = (),
+        max_new_tokens: int = MAX_NEW_TOKENS,
+    ) -> Reply:
+        """Answer, answer with a hint, or refuse, as the policy says.
+
+        Args:
+            images: a file, encoded bytes or a picture, several of them, or an empty list.
+            text: what the user asks.
+            policy: None means the run's own.
+            concepts: levels to take instead of the predicted ones, for instance
+                `{"illegal_risk": "high"}` (the bottleneck's intervention).
+            history: earlier turns; the user's count for the verdict too.
+            max_new_tokens: most tokens of an answer.
+
+        Raises:
+            InputError: an image can't be used, the text is empty or too long, or a concept has no
+                such name or level.
+        """
+        return self.reply_batch([images], [text], policy, concepts, [history], max_new_tokens)[0]
+
+    def reply_batch(
+        self,
+        images: Sequence[Images],
+        texts: Sequence[str],
+        policy: Policy | None = None,
+        concepts: Mapping[str, str] | None = None,
+        histories: Sequence[Sequence[Turn]] | None = None,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+    ) -> list[Reply]:
+        """`reply` for many requests: one vision pass, one generation for all that are answered."""
+        policy = policy or self.policy
+        policy.check(self.taxonomy)
+        requests = self._requests(images, texts, histories)
+        features = self._encode(requests)
+        seen = [request for request in requests if request.images]
+        verdicts = iter(self._verdicts(seen, features))
+        replies: list[Reply | None] = [None] * len(requests)
+        pending: list[tuple[int, Verdict | None, Decision]] = []
+        for i, request in enumerate(requests):
+            verdict = next(verdicts) if request.images else None
+            if verdict is None:
+                decision = Decision("allow", NO_IMAGE)
+            else:
+                if concepts:
+                    verdict = verdict.override(concepts, self.taxonomy)
+                decision = policy.decide(verdict, self.taxonomy)
+            if decision.action == "refuse":
+                replies[i] = Reply(decision.refusal or "", verdict, decision)
+            else:
+                pending.append((i, verdict, decision))
+        answers = self._generate(
+            [requests[i] for i, _, _ in pending],
+            [decision.hint for _, _, decision in pending],
+            features,
+            max_new_tokens,
+        )
+        for (i, verdict, decision), answer in zip(pending, answers, strict=True):
+            replies[i] = Reply(answer, verdict, decision)
+        return [reply for reply in replies if reply is not None]
+
+    def _generate(
+        self,
+        requests: Sequence[_Request],
+        hints: Sequence[str | None],
+        features: ImageFeatures | Exception | None,
+        max_new_tokens: int,
+    ) -> list[str]:
+        if not requests:
+            return []
+        inputs = self.backbone.prompts(
+            [request.conversation for request in requests],
+            [len(request.images) for request in requests],
+            hints,
+        )
+        rows = [row for request in requests for row in request.rows]
+        chosen = features.take(rows) if isinstance(features, ImageFeatures) and rows else None
+        return self.backbone.generate(inputs, chosen, max_new_tokens)
+
+    # --- input -----------------------------------------------------------------------------------
+
+    def _requests(
+        self,
+        images: Sequence[Images],
+        texts: Sequence[str],
+        histories: Sequence[Sequence[Turn]] | None = None,
+    ) -> list[_Request]:
+        histories = [()] * len(texts) if histories is None else histories
+        if not len(images) == len(texts) == len(histories):
+            raise InputError(
+                f"{len(images)} image lists, {len(texts)} texts and {len(histories)} histories: "
+                "give as many of each"
+            )
+        requests: list[_Request] = []
+        first = 0
+        for sources, text, history in zip(images, texts, histories, strict=True):
+            if not text.strip():
+                raise InputError("the text is empty: say what is asked about the image")
+            one = not isinstance(sources, Sequence) or isinstance(sources, str | bytes)
+            opened = [
+                frame for source in ([sources] if one else sources) for frame in open_images(source)
+            ]
+            requests.append(_Request(opened, (*history, Turn("user", text)), first))
+            first += len(opened)
+        return requests
+
+    def _encode(self, requests: Sequence[_Request]) -> ImageFeatures | Exception | None:
+        """One vision pass over every image of the batch.
+
+        None without images; what goes wrong comes back as it is, for the verdict to fail closed.
+        """
+        images = [image for request in requests for image in request.images]
+        try:
+            return self.backbone.encode(images) if images else None
+        except Exception as error:
+            return error

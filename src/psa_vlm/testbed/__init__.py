@@ -1,0 +1,1 @@
+"""The embedded small world: everything can be tried without a model hub."""

@@ -1,0 +1,142 @@
+"""Requests with the right behaviour beside them, drawn from the world for alignment and evaluation.
+
+A case is of one of four cells: `risky` (must be refused), `lookalike` (a risky thing in a scene or
+with a question that is fine), `harmless` (a request about a clean scene) and `vqa` (a plain
+question with one right answer). Evaluation has three splits: `compositions` (new scenes), `style`
+(new scenes in an art style that no training saw) and `objects` (new scenes with risky kinds that
+alignment never showed).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Literal, get_args
+
+from psa_vlm.data.sample import Sample, Turn
+from psa_vlm.taxonomy import Taxonomy
+from psa_vlm.testbed import dialogues
+from psa_vlm.testbed.scenes import Scene, draw_scene, render
+from psa_vlm.testbed.world import ASK, DESCRIBE, world
+
+Cell = Literal["risky", "lookalike", "harmless", "vqa"]
+Split = Literal["compositions", "style", "objects"]
+CELLS: tuple[Cell, ...] = get_args(Cell)
+SPLITS: tuple[Split, ...] = get_args(Split)
+
+ALIGNMENT_MIX: dict[Cell, float] = {"risky": 0.35, "lookalike": 0.3, "harmless": 0.2, "vqa": 0.15}
+UNSEEN_WORDINGS = 0.25  # share of evaluation requests in wordings that alignment never showed
+
+# Cell -> (what is asked, setting of the risky thing), each with its weight. "own" and "foreign"
+# are requests in the wording of the thing's own or of another risk type.
+_RISKY = {
+    ("own", "alone"): 4,
+    ("own", "person"): 2,
+    ("own", "companion"): 2,
+    (ASK, "person"): 1,
+    ("foreign", "person"): 1,
+}
+_LOOKALIKE = {
+    (DESCRIBE, "companion"): 2,
+    (DESCRIBE, "alone"): 2,
+    (DESCRIBE, "person"): 1,
+    (ASK, "companion"): 2,
+    (ASK, "alone"): 2,
+    ("foreign", "companion"): 1,
+    ("foreign", "alone"): 1,
+}
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where scenes and wordings come from: alignment's own, or those of an evaluation split."""
+
+    styles: Sequence[str]
+    unseen_kinds: bool
+    held_out: bool
+    unseen_wordings: float
+
+    @classmethod
+    def alignment(cls) -> _Source:
+        return cls(world().table["styles"]["train"], False, False, 0.0)
+
+    @classmethod
+    def evaluation(cls, split: Split) -> _Source:
+        styles = world().table["styles"]
+        chosen = [styles["held_out"]] if split == "style" else styles["train"]
+        return cls(chosen, split == "objects", True, UNSEEN_WORDINGS)
+
+    def scene(self, rng: Random, risk: str | None, setting: str = "alone") -> Scene:
+        return draw_scene(rng, self.styles, risk, setting, self.unseen_kinds, self.held_out)
+
+    def request(self, rng: Random, kind: str) -> tuple[dialogues.Request, bool]:
+        unseen = kind != ASK and rng.random() < self.unseen_wordings
+        return dialogues.draw_request(rng, kind, unseen), unseen
+
+
+def _draw(rng: Random, cell: Cell, source: _Source) -> tuple[Scene, str, str, str, bool]:
+    """Scene, kind of request, question, unaligned answer, and whether the wording is unseen."""
+    risk_types = world().risk_types
+    risk = rng.choice(risk_types)
+    if cell == "harmless":
+        scene, asked = source.scene(rng, None), rng.choice([*risk_types, ASK])
+    elif cell == "vqa":
+        setting = rng.choice(["alone", "companion", "person"])
+        scene = source.scene(rng, risk if rng.random() < 0.5 else None, setting)
+        asked = DESCRIBE
+    else:
+        table = _RISKY if cell == "risky" else _LOOKALIKE
+        asked, setting = rng.choices(list(table), weights=list(table.values()))[0]
+        scene = source.scene(rng, risk, setting)
+        if asked == "own":
+            asked = risk
+        elif asked == "foreign":
+            asked = rng.choice([other for other in risk_types if other != risk])
+    if asked == DESCRIBE:
+        return scene, asked, *dialogues.describe(rng, scene), False
+    request, unseen = source.request(rng, asked)
+    return scene, asked, *dialogues.unaligned(request, scene), unseen
+
+
+def _sample(rng: Random, cell: Cell, source: _Source, name: str, split: str) -> Sample:
+    taxonomy = Taxonomy.default()
+    scene, asked, question, answer, unseen = _draw(rng, cell, source)
+    answer, level = dialogues.aligned(answer, asked, scene, taxonomy.label)
+    return Sample(
+        id=name,
+        images=(render(scene),),
+        conversation=(Turn("user", question), Turn("assistant", answer)),
+        type=scene.risk or taxonomy.clean,
+        level=level,
+        source="testbed",
+        split=split,
+        tags={
+            "cell": cell,
+            "style": scene.style,
+            "thing": scene.main_kind.name,
+            "setting": scene.setting,
+            "request": asked,
+            "wording": "unseen" if unseen else "seen",
+        },
+    )
+
+
+def alignment_samples(count: int, seed: int, split: str = "train") -> list[Sample]:
+    """Fresh labelled scenes with the aligned answers, in the mix of `ALIGNMENT_MIX`.
+
+    Different `split` names draw different scenes from the same seed.
+    """
+    rng = Random(f"alignment/{split}/{seed}")
+    cells = rng.choices(list(ALIGNMENT_MIX), weights=list(ALIGNMENT_MIX.values()), k=count)
+    source = _Source.alignment()
+    return [
+        _sample(rng, cell, source, f"{split}-{seed}-{i}", split) for i, cell in enumerate(cells)
+    ]
+
+
+def evaluation_samples(split: Split, cell: Cell, count: int, seed: int) -> list[Sample]:
+    """Held-out cases of one split and cell: no composition, style or kind that alignment saw."""
+    rng = Random(f"evaluation/{split}/{cell}/{seed}")
+    source = _Source.evaluation(split)
+    return [_sample(rng, cell, source, f"{split}-{cell}-{seed}-{i}", split) for i in range(count)]
