@@ -66,8 +66,8 @@ def load(
         )
     except KeyError as error:
         raise CheckpointError(
-            f"official checkpoint has no tensor for {error.args[0]}: "
-            f"is this a state of the authors' safety modules? Its keys begin with {sorted(state)[:3]}"
+            f"official checkpoint has no tensor for {error.args[0]}: pass the authors' safety "
+            f"modules (tokens, safe_mm_projector, safe_part), not {sorted(state)[:3]}..."
         ) from None
     with torch.random.fork_rng(devices=[]):  # the initial values are all overwritten
         bottleneck = SafetyBottleneck(config)

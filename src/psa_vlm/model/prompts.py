@@ -1,0 +1,170 @@
+"""Conversations to token ids: one way for training and inference, so that they can't differ."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from psa_vlm.errors import CheckpointError, InputError
+from psa_vlm.model.tokens import guard_of, safety_token_ids
+
+if TYPE_CHECKING:
+    from psa_vlm.data.sample import Turn
+
+IGNORED = -100
+"""Label of the positions that the loss leaves out."""
+
+
+class PromptBuilder:
+    """Builds the prompts of one processor.
+
+    Args:
+        processor: with its chat template; safety tokens, if any, are in it.
+        image_tokens: positions that one image takes in the prompt.
+        max_tokens: length that the language model can read.
+    """
+
+    def __init__(self, processor: Any, image_tokens: int, max_tokens: int) -> None:
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self.image_tokens = image_tokens
+        self.max_tokens = max_tokens
+
+    def inputs(
+        self,
+        conversations: Sequence[Sequence[Turn]],
+        image_counts: Sequence[int],
+        hints: Sequence[str | None] | None = None,
+        system: str | None = None,
+        answers: Sequence[str] | None = None,
+    ) -> dict[str, Tensor]:
+        """Token ids of B prompts: see :meth:`psa_vlm.model.backbone.Backbone.prompts`."""
+        count = len(conversations)
+        rows = [
+            self._row(turns, images, hint, system, answer)
+            for turns, images, hint, answer in zip(
+                conversations,
+                image_counts,
+                [None] * count if hints is None else hints,
+                [None] * count if answers is None else answers,
+                strict=True,
+            )
+        ]
+        longest = max((len(prompt) + len(answer) for prompt, answer in rows), default=0)
+        if longest > self.max_tokens:
+            raise InputError(
+                f"the prompt is {longest} tokens long and the model reads {self.max_tokens}: "
+                "shorten the text"
+            )
+        return self._batch(rows, longest, training=answers is not None)
+
+    def _row(
+        self,
+        turns: Sequence[Turn],
+        images: int,
+        hint: str | None,
+        system: str | None,
+        answer: str | None,
+    ) -> tuple[list[int], list[int]]:
+        """Ids of the prompt, and of the answer with its end of turn (empty without an answer)."""
+        if not turns or turns[-1].role != "user":
+            raise InputError("the conversation must end with a turn of the user")
+        guard = guard_of(self.processor)
+        roles, texts = [turn.role for turn in turns], [guard.clean(turn.text) for turn in turns]
+        messages = _messages(roles, texts, images, hint, system)
+        prompt = self._render(messages, add_generation_prompt=True)
+        ids = self._ids(self._expanded(prompt))
+        plain = _messages(roles, ["a"] * len(turns), images, hint, system)
+        self._check(ids, self._ids(self._render(plain, add_generation_prompt=True)), images)
+        if answer is None:
+            return ids, []
+        return ids, self._answer_ids(messages, prompt, ids, guard.clean(answer))
+
+    def _answer_ids(
+        self, messages: list[dict[str, Any]], prompt: str, prompt_ids: list[int], answer: str
+    ) -> list[int]:
+        turn = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+        whole = self._render([*messages, turn])
+        if not whole.startswith(prompt):
+            raise CheckpointError(
+                "the chat template's generation prompt differs from what it writes before an answer"
+            )
+        end: str = self.tokenizer.eos_token
+        tail = whole[len(prompt) :]
+        if end not in tail:  # a template for inference alone may leave it out
+            tail = tail.rstrip() + end
+        ids = self._ids(self._expanded(prompt + tail))
+        if ids[: len(prompt_ids)] == prompt_ids:
+            return ids[len(prompt_ids) :]
+        return self._ids(tail, add_special_tokens=False)  # the joint text would merge over the seam
+
+    def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
+        text: str = self.processor.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+        return text
+
+    def _expanded(self, prompt: str) -> str:
+        mark: str = self.processor.image_token
+        return prompt.replace(mark, mark * self.image_tokens)
+
+    def _ids(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        begin = self.tokenizer.bos_token
+        has_begin = begin is not None and text.startswith(begin)
+        ids: list[int] = self.tokenizer(
+            text, add_special_tokens=add_special_tokens and not has_begin, verbose=False
+        )["input_ids"]
+        return ids
+
+    def _check(self, ids: list[int], plain: list[int], images: int) -> None:
+        """Compare the control tokens of a prompt with those of the same prompt of plain words."""
+        structural = guard_of(self.processor).structural
+        image = self.processor.image_token_id
+        expected = Counter(id_ for id_ in plain if id_ in structural)
+        if any(expected[id_] != images for id_ in (image, *safety_token_ids(self.tokenizer))):
+            raise CheckpointError(
+                f"the chat template writes {expected[image]} image marks for {images} images: "
+                "it must write one for each, with the safety tokens before it"
+            )
+        expected[image] *= self.image_tokens
+        if +expected != Counter(id_ for id_ in ids if id_ in structural):
+            raise InputError("the text imitates control tokens and can't be made plain")
+
+    def _batch(
+        self, rows: list[tuple[list[int], list[int]]], longest: int, training: bool
+    ) -> dict[str, Tensor]:
+        pad = self.tokenizer.pad_token_id
+        pad = self.tokenizer.eos_token_id if pad is None else pad
+        columns: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
+        for prompt, answer in rows:
+            ids = prompt + answer
+            gap = longest - len(ids)
+            before, after = (0, gap) if training else (gap, 0)
+            for name, values, filler in (
+                ("input_ids", ids, pad),
+                ("attention_mask", [1] * len(ids), 0),
+                ("labels", [IGNORED] * len(prompt) + answer, IGNORED),
+            ):
+                columns[name].append([filler] * before + values + [filler] * after)
+        if not training:
+            del columns["labels"]
+        return {name: torch.tensor(column) for name, column in columns.items()}
+
+
+def _messages(
+    roles: Sequence[str], texts: Sequence[str], images: int, hint: str | None, system: str | None
+) -> list[dict[str, Any]]:
+    """Chat messages: images before the first user's words, the hint on a line after the last."""
+    texts = [*texts[:-1], texts[-1] if hint is None else f"{texts[-1]}\n{hint}"]
+    contents = [[{"type": "text", "text": text}] for text in texts]
+    contents[roles.index("user")][:0] = [{"type": "image"}] * images
+    messages = [
+        {"role": role, "content": content} for role, content in zip(roles, contents, strict=True)
+    ]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
+    return messages
