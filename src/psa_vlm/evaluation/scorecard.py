@@ -166,13 +166,8 @@ class Scorecard(BaseModel):
 
     def save(self, path: str | Path) -> None:
         """Write JSON, whole or not at all."""
-        text = json.dumps(self.model_dump(mode="json"), indent=2, allow_nan=False) + "\n"
-        part = Path(f"{path}.part")
-        try:
-            part.write_text(text, "utf-8")
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        text = json.dumps(self.model_dump(mode="json"), indent=2, allow_nan=False)
+        write_whole(path, text + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Scorecard:
@@ -223,6 +218,16 @@ def git_commit() -> str:
         return _git(here, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
+
+
+def write_whole(path: str | Path, text: str) -> None:
+    """Write a file whole or not at all: a disk that fills leaves the old file."""
+    part = Path(f"{path}.part")
+    try:
+        part.write_text(text, "utf-8")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def format_value(metric: Metric, value: float | None) -> str:

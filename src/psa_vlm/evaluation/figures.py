@@ -1,0 +1,139 @@
+"""The report's charts as Plotly figures in plain data.
+
+Colours are the names of the page's own CSS variables ("--stage2"); the page puts in their values,
+so that a chart follows its light and dark mode.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from psa_vlm.evaluation.scorecard import METHODS, Metric, Scorecard, format_ci, format_value
+from psa_vlm.evaluation.scorers import Bin
+
+Figure = dict[str, Any]
+
+
+def bars(scorecard: Scorecard, metric: Metric) -> Figure:
+    """One group of bars for each split, one bar for each method, with 95% intervals."""
+    data = []
+    top = 0.1
+    for method, label in METHODS.items():
+        rows = [row for row in scorecard.rows if row.method == method and metric in row.ci]
+        if not rows:
+            continue
+        values = [row.value(metric) or 0.0 for row in rows]
+        low = [row.ci[metric][0] for row in rows]
+        high = [row.ci[metric][1] for row in rows]
+        top = max(top, *high)
+        data.append(
+            {
+                "type": "bar",
+                "name": label,
+                "x": [row.split for row in rows],
+                "y": values,
+                "marker": {"color": f"--{method}"},
+                "error_y": {
+                    "type": "data",
+                    "symmetric": False,
+                    "array": [h - v for h, v in zip(high, values, strict=True)],
+                    "arrayminus": [v - one for one, v in zip(low, values, strict=True)],
+                    "color": "--muted",
+                    "thickness": 1.2,
+                    "width": 3,
+                },
+                "hovertext": [
+                    f"{label}: {format_value(metric, row.value(metric))} ({format_ci(row, metric)})"
+                    for row in rows
+                ],
+                "hoverinfo": "text",
+            }
+        )
+    layout = _layout(height=250)
+    layout["xaxis"] |= {"categoryorder": "array", "categoryarray": scorecard.splits}
+    layout["yaxis"] |= {"tickformat": ".0%", "range": [0, min(top * 1.08, 1.04)]}
+    return {"data": data, "layout": layout | {"barmode": "group", "bargap": 0.28}}
+
+
+def curve(steps: list[int], values: list[float]) -> Figure:
+    """A training curve; a value that is not finite is a gap."""
+    line = {
+        "type": "scatter",
+        "mode": "lines" if len(steps) > 1 else "markers",
+        "x": steps,
+        "y": [value if math.isfinite(value) else None for value in values],
+        "line": {"color": "--accent", "width": 2},
+        "marker": {"color": "--accent"},
+        "hovertemplate": "step %{x}: %{y:.4g}<extra></extra>",
+    }
+    layout = _layout(height=190)
+    layout["xaxis"] |= {"nticks": 5}
+    layout["yaxis"] |= {"nticks": 5, "rangemode": "tozero"}
+    return {"data": [line], "layout": layout}
+
+
+def reliability(bins: list[Bin]) -> Figure:
+    """Accuracy against confidence over how many predictions each bin holds."""
+    filled = [one for one in bins if one.n]
+    middle = [(one.low + one.high) / 2 for one in filled]
+    width = bins[0].high - bins[0].low
+    common = {"type": "bar", "x": middle, "width": width * 0.92, "hoverinfo": "text"}
+    accuracy = common | {
+        "y": [one.accuracy for one in filled],
+        "marker": {"color": "--stage1"},
+        "hovertext": [
+            f"confidence {one.confidence:.3f}, right {one.accuracy:.3f}, n {one.n:,}"
+            for one in filled
+        ],
+    }
+    counts = common | {
+        "y": [one.n for one in filled],
+        "yaxis": "y2",
+        "marker": {"color": "--base"},
+        "text": [f"{one.n:,}" for one in filled],
+        "textposition": "outside",
+        "cliponaxis": False,
+        "textfont": {"color": "--muted"},
+        "hovertext": [f"{one.n:,} predictions" for one in filled],
+    }
+    ideal = {
+        "type": "scatter",
+        "mode": "lines",
+        "x": [0, 1],
+        "y": [0, 1],
+        "line": {"color": "--ink", "width": 1.5, "dash": "dot"},
+        "hoverinfo": "skip",
+    }
+    layout = _layout(height=360)
+    layout["xaxis"] |= {"range": [0, 1], "title": {"text": "confidence"}, "anchor": "y2"}
+    layout["yaxis"] |= {"range": [0, 1.03], "domain": [0.34, 1], "title": {"text": "right"}}
+    most = max((one.n for one in filled), default=1)
+    second = {"domain": [0, 0.2], "range": [0, most * 1.5], "title": {"text": "n"}, "nticks": 3}
+    layout["yaxis2"] = layout["yaxis"] | second
+    return {"data": [accuracy, ideal, counts], "layout": layout}
+
+
+def _layout(height: int) -> Figure:
+    axis = {
+        "gridcolor": "--line",
+        "linecolor": "--line",
+        "zerolinecolor": "--line",
+        "automargin": True,
+        "fixedrange": True,
+    }
+    return {
+        "height": height,
+        "margin": {"l": 8, "r": 8, "t": 8, "b": 8},
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "font": {"color": "--muted", "size": 12, "family": "system-ui, sans-serif"},
+        "hoverlabel": {
+            "bgcolor": "--card",
+            "bordercolor": "--line",
+            "font": {"color": "--ink"},
+        },
+        "showlegend": False,
+        "xaxis": axis | {"showgrid": False},
+        "yaxis": dict(axis),
+    }
