@@ -137,7 +137,7 @@ class Backbone:
         try:
             spec_for(AutoConfig.from_pretrained(path).model_type)
             processor = AutoProcessor.from_pretrained(path)
-            model = AutoModelForImageTextToText.from_pretrained(
+            model: Any = AutoModelForImageTextToText.from_pretrained(
                 path, dtype="auto" if dtype is None else dtype, use_safetensors=True
             )
         except (OSError, ValueError) as error:

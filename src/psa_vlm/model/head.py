@@ -66,4 +66,5 @@ class SafetyHead(nn.Module):
             return attended[:, 0]  # [B, D]
         attended = attended.masked_fill(~real, 0.0)  # [B, T, D]
         scores = self.score(attended).masked_fill(~real, float("-inf"))  # [B, T, 1]
-        return (scores.softmax(dim=1) * attended).sum(dim=1)  # [B, D]
+        pooled: Tensor = (scores.softmax(dim=1) * attended).sum(dim=1)  # [B, D]
+        return pooled

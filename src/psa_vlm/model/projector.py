@@ -53,9 +53,9 @@ class SqueezeExcite(nn.Module):
         self.fc2 = nn.Conv2d(reduced, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = x.mean((2, 3), keepdim=True)  # [B, C, 1, 1]
-        gate = self.fc2(F.silu(self.fc1(gate)))  # [B, C, 1, 1]
-        return x * gate.sigmoid()  # [B, C, H, W]
+        mean = x.mean((2, 3), keepdim=True)  # [B, C, 1, 1]
+        gate: Tensor = self.fc2(F.silu(self.fc1(mean))).sigmoid()  # [B, C, 1, 1]
+        return x * gate  # [B, C, H, W]
 
 
 class Bottleneck(nn.Module):
@@ -105,7 +105,7 @@ class SafetyProjector(nn.Module):
         self, vision_features: Tensor, grid: tuple[int, int], queries: tuple[int, int]
     ) -> Tensor:
         """Map ``[B, N, Dv]`` laid out row by row on ``grid`` to ``[B, Q, D]`` on ``queries``."""
-        x = vision_features.unflatten(1, grid)  # [B, H, W, Dv]
+        x: Tensor = vision_features.unflatten(1, grid)  # [B, H, W, Dv]
         x = x.permute(0, 3, 1, 2)  # [B, Dv, H, W]
         x = self.stage1(x)  # [B, C, H, W]
         x = F.adaptive_avg_pool2d(x, queries)  # [B, C, Hq, Wq]

@@ -1,11 +1,11 @@
-"""Safety tokens (2) in the vocabulary and chat template, and user text that can't forge structure."""
+"""Safety tokens (2) in vocabulary and chat template, and user text that can't forge structure."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import lru_cache
-from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
 from unicodedata import category, normalize
 from weakref import WeakKeyDictionary
@@ -212,10 +212,8 @@ def role_marks(processor: Any, specials: Iterable[str]) -> tuple[str, ...]:
     roles = ("user", "assistant", "user", "assistant")
     user1, assistant1, user2, assistant2, _ = _pieces(processor, roles)
     headers = [_common_suffix(user1, user2), _common_suffix(assistant1, assistant2)]
-    try:
+    with suppress(TemplateError):  # a template may refuse system turns
         headers.append(_pieces(processor, ("system", "user"))[0])
-    except TemplateError:  # a template may refuse system turns: then there is no mark for them
-        pass
     split = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
     parts = {part.strip() for header in headers for part in split.split(header)}
     return tuple(sorted(filter(_looks_like_mark, parts)))
@@ -235,7 +233,9 @@ def _pieces(processor: Any, roles: Sequence[str]) -> list[str]:
 
 
 def _common_suffix(a: str, b: str) -> str:
-    return commonprefix([a[::-1], b[::-1]])[::-1]
+    same = [x == y for x, y in zip(reversed(a), reversed(b), strict=False)]
+    length = [*same, False].index(False)
+    return a[len(a) - length :]
 
 
 def _looks_like_mark(text: str) -> bool:
