@@ -182,7 +182,7 @@ def _sorts() -> list[str]:
 
 
 def patch_labels(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
-    """What each patch shows: kind (or sign word) and sort; [GRID * GRID] int64, 0 for background."""
+    """Kind (or sign word) and sort of each patch: [GRID * GRID] int64, 0 for background."""
     kinds = np.zeros((GRID, GRID), dtype=np.int64)
     sorts = np.zeros((GRID, GRID), dtype=np.int64)
     for item in scene.items:

@@ -9,10 +9,15 @@ alignment never showed).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 from typing import Literal, get_args
+
+from PIL.Image import Image
+from rich.progress import track
 
 from psa_vlm.data.sample import Sample, Turn
 from psa_vlm.taxonomy import Taxonomy
@@ -140,3 +145,28 @@ def evaluation_samples(split: Split, cell: Cell, count: int, seed: int) -> list[
     rng = Random(f"evaluation/{split}/{cell}/{seed}")
     source = _Source.evaluation(split)
     return [_sample(rng, cell, source, f"{split}-{cell}-{seed}-{i}", split) for i in range(count)]
+
+
+def write_samples(out: Path, count: int, seed: int) -> Path:
+    """Write alignment samples in the authors' format: `out/samples.jsonl` and `out/images/`."""
+    taxonomy = Taxonomy.default()
+    (out / "images").mkdir(parents=True, exist_ok=True)
+    lines = []
+    for sample in track(alignment_samples(count, seed), description="drawing scenes"):
+        (image,) = sample.images
+        assert isinstance(image, Image)
+        image.save(out / "images" / f"{sample.id}.png")
+        roles = {"user": "USER", "assistant": "ASSISTANT"}
+        row = {
+            "safe_type": taxonomy.type_id(sample.type or taxonomy.clean),
+            "safe_level": taxonomy.level_id(sample.level or taxonomy.safe_level),
+            "image": f"images/{sample.id}.png",
+            "conversations": [
+                {"from": roles[turn.role], "value": f"{'<image>' * (i == 0)}\n{turn.text}".strip()}
+                for i, turn in enumerate(sample.conversation)
+            ],
+        }
+        lines.append(json.dumps(row))
+    path = out / "samples.jsonl"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path

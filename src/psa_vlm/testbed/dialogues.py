@@ -14,7 +14,7 @@ Exchange = tuple[str, str]  # question, answer
 
 @dataclass(frozen=True)
 class Request:
-    """A request about one thing: the type in whose wording it is made (or "ask"), and the wording."""
+    """A request about one thing: whose wording it is made in (a risk type or "ask"), and which."""
 
     kind: str
     template: str

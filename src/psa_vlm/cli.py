@@ -1,0 +1,293 @@
+"""The command line. Heavy modules load inside the commands, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import json
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from psa_vlm.errors import InputError, PsaVlmError
+
+if TYPE_CHECKING:
+    from psa_vlm.inference import PsaVlm, Reply
+    from psa_vlm.policy.policy import Policy
+
+app = typer.Typer(
+    help="Attach a readable safety bottleneck to a vision-language model, train it, and run it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+train_app = typer.Typer(help="Train a run: stage I, then stage II.", no_args_is_help=True)
+testbed_app = typer.Typer(help="The embedded small world and its base model.", no_args_is_help=True)
+app.add_typer(train_app, name="train")
+app.add_typer(testbed_app, name="testbed")
+
+
+DEMO_RUN = Path("runs/demo/stage2")
+"""Where the demo leaves its aligned model."""
+
+
+class Scale(StrEnum):
+    """How large a demo is."""
+
+    small = "small"
+    full = "full"
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
+Model = Annotated[Path, typer.Option(help="A run folder, as training and the demo write it.")]
+Config = Annotated[Path, typer.Argument(help="A YAML file; see configs/.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", help="Override a field, as in concepts.epochs=3.")
+]
+PolicyFile = Annotated[Path | None, typer.Option("--policy", help="A policy file.")]
+Concepts = Annotated[
+    list[str] | None,
+    typer.Option("--concept", help="Override a concept, as in illegal_risk=high."),
+]
+Base = Annotated[Path | None, typer.Option("--base", help="Where the base model is now.")]
+
+
+def _print(data: Any) -> None:
+    typer.echo(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+def _policy(path: Path | None) -> Policy | None:
+    from psa_vlm.policy.policy import Policy
+
+    return None if path is None else Policy.from_yaml(path)
+
+
+def _concepts(pairs: list[str] | None) -> dict[str, str]:
+    concepts = {}
+    for pair in pairs or []:
+        name, separator, level = pair.partition("=")
+        if not separator:
+            raise InputError(f"--concept {pair}: write it as type=level, as in illegal_risk=high")
+        concepts[name.strip()] = level.strip()
+    return concepts
+
+
+def _load(run: Path, base: Path | None) -> PsaVlm:
+    from psa_vlm.inference import PsaVlm
+
+    return PsaVlm.from_pretrained(run, base=base)
+
+
+def _show(reply: Reply) -> None:
+    """The reply, and beneath it what was seen and which rule fired."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    console, decision = Console(), reply.decision
+    console.print(escape(reply.text))
+    found = decision.reason or "nothing risky found"
+    console.print(f"[dim]{decision.action} by rule {escape(decision.rule)}: {escape(found)}[/dim]")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for report, scorecard and runs.")] = Path(
+        "runs/demo"
+    ),
+    seed: Annotated[int, typer.Option(help="Of data and training.")] = 0,
+    scale: Annotated[Scale, typer.Option(help="full: three seeds, 2,000 requests per cell.")] = (
+        Scale.small
+    ),
+) -> None:
+    """Align the small model before your eyes and compare it with its rivals."""
+    from psa_vlm.testbed.demo import run_demo
+
+    run_demo(out, seed, scale.value)
+
+
+@train_app.command()
+def stage1(config: Config, overrides: Set = None) -> None:
+    """Safety concepts on cached features, then the safety tokens through the frozen model."""
+    from psa_vlm.training.config import Stage1Config, load
+    from psa_vlm.training.stage1 import run_stage1
+
+    run_stage1(load(Stage1Config, config, overrides or []))
+
+
+@train_app.command()
+def stage2(config: Config, overrides: Set = None) -> None:
+    """LoRA on the language model, with prompts exactly as inference builds them."""
+    from psa_vlm.training.config import Stage2Config, load
+    from psa_vlm.training.stage2 import run_stage2
+
+    run_stage2(load(Stage2Config, config, overrides or []))
+
+
+@app.command()
+def assess(
+    image: Annotated[list[Path], typer.Argument(help="One image or several.")],
+    text: Annotated[str, typer.Option(help="What is asked about the image.")],
+    model: Model = DEMO_RUN,
+    policy: PolicyFile = None,
+    concept: Concepts = None,
+    base: Base = None,
+    as_json: Json = False,
+) -> None:
+    """Say what is risky about an image in the light of a text, and what the policy would do."""
+    vlm = _load(model, base)
+    verdict = vlm.assess(image, text)
+    if overrides := _concepts(concept):
+        verdict = verdict.override(overrides, vlm.taxonomy)
+    decision = (_policy(policy) or vlm.policy).decide(verdict, vlm.taxonomy)
+    if as_json:
+        _print({"verdict": verdict.to_dict(), "decision": decision.to_dict()})
+        return
+    from rich.console import Console
+
+    from psa_vlm.evaluation.terminal import verdict_table
+
+    console = Console()
+    console.print(verdict_table(verdict))
+    console.print(f"[bold]{decision.action}[/bold] by rule {decision.rule}: {decision.reason}")
+
+
+@app.command()
+def chat(
+    model: Model = DEMO_RUN,
+    image: Annotated[list[Path] | None, typer.Argument(help="Images to talk about.")] = None,
+    text: Annotated[str | None, typer.Option(help="Ask this and stop.")] = None,
+    policy: PolicyFile = None,
+    concept: Concepts = None,
+    base: Base = None,
+    as_json: Json = False,
+) -> None:
+    """Talk about images; each question is assessed anew. An empty line ends it."""
+    from psa_vlm.data.sample import Turn
+
+    vlm, rules, overrides = _load(model, base), _policy(policy), _concepts(concept)
+    history: list[Turn] = []
+    while True:
+        question = text if text is not None else typer.prompt("you", default="", show_default=False)
+        if text is None and not question.strip():
+            return
+        reply = vlm.reply(image or [], question, rules, overrides, history)
+        if as_json:
+            _print(reply.to_dict())
+        else:
+            _show(reply)
+        if text is not None:
+            return
+        history += [Turn("user", question), Turn("assistant", reply.text)]
+
+
+@app.command()
+def evaluate(
+    model: Model = DEMO_RUN,
+    data: Annotated[
+        Path | None, typer.Option(help="Labelled samples (JSON or JSONL); default: the testbed's.")
+    ] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of the images.")] = None,
+    limit: Annotated[int, typer.Option(help="Requests per cell, or samples.", min=1)] = 200,
+    seed: Annotated[int, typer.Option(help="Of the testbed's requests.")] = 0,
+    base: Base = None,
+    as_json: Json = False,
+) -> None:
+    """Score a run: attack success, refusal of harmless requests, accuracy, type and level F1."""
+    from rich.console import Console
+
+    from psa_vlm.evaluation.evaluate import evaluate_samples
+
+    vlm = _load(model, base)
+    if data is None:
+        from psa_vlm.testbed.demo import evaluate_run
+
+        card = evaluate_run(vlm, limit, seed)
+        if as_json:
+            _print(card.model_dump(mode="json"))
+        else:
+            Console().print(card.table())
+        return
+    from psa_vlm.data.readers import read
+
+    summary = evaluate_samples(vlm, read(data, images)[:limit])
+    if as_json:
+        _print(summary.to_dict())
+    else:
+        Console().print(summary.table())
+
+
+@testbed_app.command("build-base")
+def build_base(
+    out: Annotated[Path, typer.Argument(help="Folder for the checkpoint.")] = Path("runs/base"),
+    encoder_steps: Annotated[int, typer.Option(help="Batches for the vision encoder.")] = 1300,
+    dialogue_steps: Annotated[int, typer.Option(help="Batches for the dialogues.")] = 2700,
+    seed: Annotated[int, typer.Option(help="Of weights and data.")] = 0,
+) -> None:
+    """Train the base model from nothing (under two hours on two cores) and measure the premise."""
+    from psa_vlm.testbed.base_vlm import build_base
+
+    build_base(out, encoder_steps, dialogue_steps, seed)
+    premise(out)
+
+
+@testbed_app.command()
+def premise(
+    base: Annotated[Path | None, typer.Option(help="A base model; default: the shipped.")] = None,
+    count: Annotated[int, typer.Option(help="Held-out requests of each kind.", min=1)] = 1000,
+    as_json: Json = False,
+) -> None:
+    """Measure the hole: refused in words, answered when the risky thing is in the image."""
+    from psa_vlm.testbed.premise import report
+
+    report(base, count, as_json)
+
+
+@testbed_app.command()
+def scenes(
+    out: Annotated[Path, typer.Argument(help="Folder for images and samples.jsonl.")],
+    count: Annotated[int, typer.Option(help="How many.", min=1)] = 1000,
+    seed: Annotated[int, typer.Option(help="Of the scenes.")] = 0,
+) -> None:
+    """Write labelled alignment scenes in the authors' format, ready for `train`."""
+    from psa_vlm.testbed.cases import write_samples
+
+    path = write_samples(out, count, seed)
+    typer.echo(f"wrote {count} samples to {path}")
+
+
+@testbed_app.command("build-sprites")
+def build_sprites(
+    noto_font: Annotated[Path, typer.Argument(help="NotoColorEmoji.ttf")],
+    twemoji: Annotated[Path, typer.Argument(help="Folder of Twemoji SVGs.")],
+    fluent: Annotated[Path, typer.Argument(help="Folder of flat Fluent SVGs.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the atlases.")],
+) -> None:
+    """Draw the pictograph atlases anew from their openly licensed originals."""
+    from psa_vlm.testbed.sprites import render_atlases
+
+    for path in render_atlases(noto_font, twemoji, fluent, out):
+        typer.echo(str(path))
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        from psa_vlm import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point: an error of ours becomes one line on stderr and its exit code."""
+    try:
+        app()
+    except PsaVlmError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        typer.echo("stopped", err=True)
+        sys.exit(130)

@@ -1,0 +1,193 @@
+"""The demo: five methods on the same scenes, from the shipped base model to a report."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from rich.console import Console
+
+from psa_vlm.data.sample import Sample
+from psa_vlm.evaluation.evaluate import AnswerFn, aligned, run, unaligned
+from psa_vlm.evaluation.report import Curve, Example, Reliability, write_report
+from psa_vlm.evaluation.scorecard import Method, Record, Scorecard
+from psa_vlm.inference import PsaVlm
+from psa_vlm.model.backbone import Backbone
+from psa_vlm.testbed.cases import CELLS, SPLITS, Split, alignment_samples, evaluation_samples
+from psa_vlm.testbed.premise import base_path
+from psa_vlm.testbed.world import world
+from psa_vlm.training.config import Stage1Config, Stage2Config, load
+from psa_vlm.training.stage1 import run_stage1
+from psa_vlm.training.stage2 import Dialogue, run_stage2, train_lora
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large a demo is; figures of several seeds are pooled."""
+
+    alignment: int
+    """Labelled scenes that every method but the first two learns from."""
+    per_cell: int
+    """Held-out requests for each split and cell, for each seed."""
+    seeds: int
+
+
+SCALES = {"small": Scale(1000, 100, 1), "full": Scale(1000, 667, 3)}
+EXAMPLES = 6
+
+
+def run_demo(out: Path, seed: int, scale: str) -> Scorecard:
+    """Align the base model, compare the methods, and write `scorecard.json` and `report.html`.
+
+    A seed whose records are on disk is not run again, so that a stopped demo goes on.
+
+    Args:
+        out: folder for the report, the scorecard and the runs of the first seed.
+        seed: the first seed.
+        scale: a name in `SCALES`.
+    """
+    console, size, started = Console(), SCALES[scale], time.monotonic()
+    out.mkdir(parents=True, exist_ok=True)
+    seeds = [seed + i for i in range(size.seeds)]
+    records: list[Record] = []
+    for one in seeds:
+        console.rule(f"seed {one}")
+        records += _run_seed(out if one == seed else out / f"seed-{one}", one, size)
+    card = Scorecard.from_records(
+        records, seed if len(seeds) == 1 else seeds, time.monotonic() - started
+    )
+    card.save(out / "scorecard.json")
+    write_report(
+        out / "report.html",
+        card,
+        _examples(out / "stage2", seed),
+        _curves(out),
+        Reliability.from_records([r for r in records if r.method == "stage2"]),
+        command=f"psa-vlm demo --seed {seed} --scale {scale}",
+    )
+    console.print(card.table())
+    console.print(f"report: {out / 'report.html'}   scorecard: {out / 'scorecard.json'}")
+    console.print(
+        f"aligned model: {out / 'stage2'}   try: psa-vlm chat IMAGE --model {out / 'stage2'}"
+    )
+    return card
+
+
+def evaluate_run(model: PsaVlm, per_cell: int, seed: int) -> Scorecard:
+    """Score a run on the testbed's held-out splits."""
+    started = time.monotonic()
+    method: Method = "stage1" if model.adapter is None else "stage2"
+    records = _evaluate(method, aligned(model), _held_out(per_cell, seed), seed)
+    return Scorecard.from_records(records, seed, time.monotonic() - started)
+
+
+def _run_seed(out: Path, seed: int, size: Scale) -> list[Record]:
+    """All methods with one seed; the records are kept in `out/records.jsonl`."""
+    done = out / "records.jsonl"
+    if done.exists():
+        lines = done.read_text(encoding="utf-8").splitlines()
+        return [Record(**json.loads(line)) for line in lines]
+    samples = alignment_samples(size.alignment, seed)
+    held_out = _held_out(size.per_cell, seed)
+    records: list[Record] = []
+    for method, answer in _methods(out, seed, samples):
+        records += _evaluate(method, answer, held_out, seed)
+    out.mkdir(parents=True, exist_ok=True)
+    part = done.with_suffix(".part")
+    part.write_text("".join(json.dumps(asdict(one)) + "\n" for one in records), encoding="utf-8")
+    part.rename(done)
+    return records
+
+
+def _methods(out: Path, seed: int, samples: list[Sample]) -> Iterator[tuple[Method, AnswerFn]]:
+    """Each method, trained when its turn comes."""
+    base = Backbone.from_pretrained(base_path())
+    yield "base", unaligned(base)
+    yield "system_prompt", unaligned(base, world().table["safety_system_prompt"])
+    first, second = _configs(out, seed)
+    yield "stage1", aligned(run_stage1(first, samples))
+    yield "stage2", aligned(run_stage2(second, samples))
+    # The rival: the same LoRA on the same dialogues, without bottleneck, tokens and hints.
+    dialogues = [Dialogue(s.images, s.conversation[:-1], None, s.answer or "") for s in samples]
+    train_lora(base, dialogues, second.lora, seed)
+    yield "lora", unaligned(base)
+
+
+def _configs(out: Path, seed: int) -> tuple[Stage1Config, Stage2Config]:
+    assets = Path(str(files("psa_vlm.testbed").joinpath("assets")))
+    first = load(
+        assets / "stage1.yaml",
+        Stage1Config,
+        [f"backbone={base_path()}", f"out={out / 'stage1'}", f"seed={seed}"],
+    )
+    second = load(
+        assets / "stage2.yaml",
+        Stage2Config,
+        [f"model={out / 'stage1'}", f"out={out / 'stage2'}", f"seed={seed}"],
+    )
+    return first, second
+
+
+def _held_out(per_cell: int, seed: int) -> dict[Split, list[Sample]]:
+    return {
+        split: [
+            sample for cell in CELLS for sample in evaluation_samples(split, cell, per_cell, seed)
+        ]
+        for split in SPLITS
+    }
+
+
+def _evaluate(
+    method: Method, answer: AnswerFn, held_out: dict[Split, list[Sample]], seed: int
+) -> list[Record]:
+    return [
+        record
+        for split, samples in held_out.items()
+        for record in run(answer, samples, method, split, f"{method} on {split}", seed)
+    ]
+
+
+def _examples(run_folder: Path, seed: int) -> list[Example]:
+    """Before and after on held-out scenes: risky ones, look-alikes, and a plain question."""
+    base, model = Backbone.from_pretrained(base_path()), PsaVlm.from_pretrained(run_folder)
+    samples = [
+        *evaluation_samples("compositions", "risky", EXAMPLES, seed + 10_000),
+        *evaluation_samples("compositions", "lookalike", EXAMPLES // 2, seed + 10_000),
+        *evaluation_samples("objects", "risky", EXAMPLES // 2, seed + 10_000),
+        *evaluation_samples("compositions", "vqa", 1, seed + 10_000),
+    ]
+    before = unaligned(base)(samples)
+    after = model.reply_batch([s.images for s in samples], [s.question for s in samples])
+    examples = []
+    for sample, (plain, _), reply in zip(samples, before, after, strict=True):
+        (image,) = sample.images
+        assert not isinstance(image, Path) and reply.verdict is not None
+        examples.append(
+            Example(
+                image,
+                sample.question,
+                plain,
+                reply.text,
+                reply.verdict,
+                reply.decision.action,
+                reply.decision.rule,
+                reply.decision.hint,
+                sample.answer,
+            )
+        )
+    return examples
+
+
+def _curves(out: Path) -> Sequence[Curve]:
+    """Loss curves of both stages, from the histories in the run folders."""
+    curves = []
+    for stage in ("stage1", "stage2"):
+        history = json.loads((out / stage / "history.json").read_text(encoding="utf-8"))
+        for name, points in history.items():
+            steps = [point["step"] for point in points]
+            curves.append(Curve(f"{stage}: {name}", steps, [point["loss"] for point in points]))
+    return curves
