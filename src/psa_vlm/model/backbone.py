@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
     from psa_vlm.data.sample import Turn
 
-MAX_TEXT_TOKENS = 512
-
 
 @dataclass(frozen=True)
 class BackboneSpec:
@@ -100,12 +98,14 @@ class Backbone:
         processor: holds tokenizer, image processor and chat template.
         tokenizer: the processor's.
         spec: the facts of its family.
+        source: the folder or hub id that it was loaded from.
 
     Raises:
         CheckpointError: if the family is unknown, or the processor has no chat template.
     """
 
-    def __init__(self, model: Any, processor: Any) -> None:
+    def __init__(self, model: Any, processor: Any, source: str = "") -> None:
+        self.source = source
         self.spec = spec_for(model.config.model_type)
         self.model = model.eval().requires_grad_(False)
         self.processor = processor
@@ -145,7 +145,7 @@ class Backbone:
             raise CheckpointError(
                 f"can't load a vision-language model from {path}: {reason}"
             ) from error
-        return cls(model.to(device or "cpu"), processor)
+        return cls(model.to(device or "cpu"), processor, str(path))
 
     # --- facts -----------------------------------------------------------------------------------
 
@@ -175,6 +175,12 @@ class Backbone:
     def text_width(self) -> int:
         """D, width of the language model."""
         return int(self.model.config.get_text_config().hidden_size)
+
+    @property
+    def max_tokens(self) -> int:
+        """Longest prompt that the language model can read."""
+        config = self.model.config.get_text_config()
+        return int(getattr(config, "max_position_embeddings", None) or 1 << 30)
 
     @cached_property
     def vision_width(self) -> int:
@@ -211,19 +217,16 @@ class Backbone:
         return ImageFeatures(h_o, h_i, grid)
 
     @torch.no_grad()
-    def embed_text(
-        self, texts: Sequence[str], max_tokens: int = MAX_TEXT_TOKENS
-    ) -> tuple[Tensor, Tensor]:
+    def embed_text(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Input embeddings of the users' own words: no template, no special token (paper: h_t).
-
-        A longer text keeps its first and last ``max_tokens / 2`` tokens.
 
         Returns:
             Embeddings ``[B, T, D]``, zero in the padding on the right, and the mask ``[B, T]``
             (bool, true where the text is real).
 
         Raises:
-            InputError: if a text has no words.
+            InputError: if a text has no words, or more than the model can read: all of a text is
+                assessed, or none of it is answered.
         """
         rows = []
         for text in texts:
@@ -232,8 +235,11 @@ class Backbone:
             )["input_ids"]
             if not text.strip() or not ids:
                 raise InputError("the text is empty: say what is asked about the image")
-            if len(ids) > max_tokens:
-                ids = ids[: max_tokens - max_tokens // 2] + ids[-(max_tokens // 2) :]
+            if len(ids) > self.max_tokens:
+                raise InputError(
+                    f"the text is {len(ids):,} tokens long and the model reads "
+                    f"{self.max_tokens:,}: shorten it"
+                )
             rows.append(torch.tensor(ids, device=self.device))
         ids_ = pad_sequence(rows, batch_first=True)  # [B, T]
         lengths = torch.tensor([len(row) for row in rows], device=self.device)  # [B]
@@ -268,8 +274,7 @@ class Backbone:
                 or imitates control tokens in a way that can't be undone.
             CheckpointError: if the chat template does not write one mark for each image.
         """
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        builder = PromptBuilder(self.processor, self.image_tokens, limit or 1 << 30)
+        builder = PromptBuilder(self.processor, self.image_tokens, self.max_tokens)
         inputs = builder.inputs(conversations, image_counts, hints, system, answers)
         return {name: tensor.to(self.device) for name, tensor in inputs.items()}
 

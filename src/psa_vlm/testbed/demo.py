@@ -21,8 +21,10 @@ from psa_vlm.testbed.cases import CELLS, SPLITS, Split, alignment_samples, evalu
 from psa_vlm.testbed.premise import base_path
 from psa_vlm.testbed.world import world
 from psa_vlm.training.config import Stage1Config, Stage2Config, load
+from psa_vlm.training.fit import Work
+from psa_vlm.training.language import dialogues, train_lora
 from psa_vlm.training.stage1 import run_stage1
-from psa_vlm.training.stage2 import Dialogue, run_stage2, train_lora
+from psa_vlm.training.stage2 import run_stage2
 
 
 @dataclass(frozen=True)
@@ -112,8 +114,8 @@ def _methods(out: Path, seed: int, samples: list[Sample]) -> Iterator[tuple[Meth
     yield "stage1", aligned(run_stage1(first, samples))
     yield "stage2", aligned(run_stage2(second, samples))
     # The rival: the same LoRA on the same dialogues, without bottleneck, tokens and hints.
-    dialogues = [Dialogue(s.images, s.conversation[:-1], None, s.answer or "") for s in samples]
-    train_lora(base, dialogues, second.lora, seed)
+    adapter, _ = train_lora(base, dialogues(samples), second.lora, Work(out / "lora.work", seed))
+    adapter.merge_adapter()
     yield "lora", unaligned(base)
 
 
