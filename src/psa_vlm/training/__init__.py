@@ -1,0 +1,1 @@
+"""The two stages of training, on `transformers.Trainer`, resumable after any crash."""

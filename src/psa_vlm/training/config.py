@@ -1,0 +1,270 @@
+"""What a training run is told: a YAML file with typed fields, and command-line overrides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from psa_vlm.errors import ConfigError
+from psa_vlm.model.head import Pooling
+
+C = TypeVar("C", bound="RunConfig")
+
+
+class Section(BaseModel):
+    """A part of a configuration; a key that it does not know is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataFile(Section):
+    """A data set on disk, in the authors' or LLaVA's layout."""
+
+    path: Path
+    """A JSON list or JSONL file."""
+    images_dir: Path | None = None
+    """What its image paths are relative to; null is the file's own folder."""
+
+
+class Schedule(Section):
+    """How one part is trained; AdamW throughout."""
+
+    epochs: int = Field(default=3, ge=0)
+    """Passes over the samples; 0 trains nothing."""
+    learning_rate: float = Field(default=1e-5, ge=0, allow_inf_nan=False)
+    """Highest learning rate, reached after the warm-up."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps in which the learning rate rises from 0."""
+    scheduler: Literal["constant_with_warmup", "cosine", "linear"] = "cosine"
+    """How the learning rate goes on after the warm-up."""
+    batch_size: int = Field(default=2, ge=1)
+    """Samples at a time on each device."""
+    accumulation: int = Field(default=1, ge=1)
+    """Batches whose gradients make one step."""
+    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """Of AdamW."""
+    max_grad_norm: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    """Longer gradients are scaled down to this norm; 0 leaves them alone."""
+    bfloat16: bool = False
+    """Compute in bfloat16 where that is safe; what is trained stays in float32."""
+    workers: int = Field(default=0, ge=0)
+    """Processes that read samples ahead; 0 reads them in the training process."""
+    log_every: int = Field(default=10, ge=1)
+    """Steps from one point of the loss curve to the next."""
+    checkpoint_every: int = Field(default=100, ge=1)
+    """Steps from one checkpoint to the next."""
+
+
+class ConceptsConfig(Schedule):
+    """Stage I, concepts: safety projector, safety tokens (1) and safety head."""
+
+    weight: float = Field(default=10.0, gt=0, allow_inf_nan=False)
+    """Factor of the concept losses."""
+    class_balance: bool = False
+    """Weigh each type and level by the inverse of its frequency in the samples."""
+    encode_batch: int = Field(default=32, ge=1)
+    """Images in one pass of the vision encoder, whose features are kept on disk."""
+    hidden: int = Field(default=1088, ge=1)
+    """Channels of the safety projector."""
+    tokens: int = Field(default=64, ge=1)
+    """Number of safety tokens (1)."""
+    heads: int = Field(default=8, ge=1)
+    """Heads of the cross-attention."""
+    depth: int = Field(default=3, ge=1)
+    """Projector blocks before, and again after, the pooling."""
+    readout_depth: int = Field(default=2, ge=1)
+    """Linear layers of the projector's closing MLP."""
+    pooling: Pooling = "text"
+    """How the head reads the text: "text" is all of it under its mask, "first" the authors' way."""
+    queries: tuple[int, int] | None = None
+    """Rows and columns of the safety features; null keeps the grid of the image."""
+
+
+class LanguageSchedule(Schedule):
+    """Training through the language model."""
+
+    gradient_checkpointing: bool = False
+    """Compute activations twice instead of keeping them: less memory, more time."""
+
+
+class TokensConfig(LanguageSchedule):
+    """Stage I, tokens: the embedding rows of the safety tokens (2)."""
+
+    count: int = Field(default=64, ge=0)
+    """Number of safety tokens (2); 0 is none."""
+
+
+class LoraConfig(LanguageSchedule):
+    """LoRA on every linear layer of the language model; the paper's sizes."""
+
+    r: int = Field(default=256, ge=1)
+    """Rank."""
+    alpha: float = Field(default=16.0, gt=0, allow_inf_nan=False)
+    """The update is scaled by alpha / r."""
+    dropout: float = Field(default=0.05, ge=0, lt=1)
+    """Share of a layer's inputs that the update does not see."""
+
+
+class RunConfig(Section):
+    """What both stages are told."""
+
+    out: Path
+    """The run folder to write; while training, `<out>.work` stands beside it."""
+    data: tuple[DataFile, ...] = ()
+    """Training data; empty only where the caller passes samples."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """Of weights, order and dropout."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Of the frozen backbone; "auto" keeps its checkpoint's."""
+    report_to: tuple[str, ...] = ("tensorboard",)
+    """Where loss curves go besides `history.json`: names that transformers knows."""
+
+    @property
+    def schedules(self) -> dict[str, Schedule]:
+        """The parts that are trained, by name."""
+        sections = {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: part for name, part in sections.items() if isinstance(part, Schedule)}
+
+    def inputs(self) -> dict[str, str | Path]:
+        """Every path that is read, by key."""
+        return {f"data.{i}.path": file.path for i, file in enumerate(self.data)}
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        """All that concerns more than one field."""
+        for key, path in self.inputs().items():
+            if Path(path).resolve() == self.out.resolve():
+                raise ValueError(f"out is {self.out}, which {key} reads; choose another out")
+        for name, part in self.schedules.items():
+            if part.checkpoint_every % part.log_every:
+                raise ValueError(
+                    f"{name}.checkpoint_every is {part.checkpoint_every}; make it a multiple of"
+                    f" {name}.log_every ({part.log_every}), so that a resumed loss curve is whole"
+                )
+        return self
+
+
+class Stage1Config(RunConfig):
+    """Stage I: safety concept extraction."""
+
+    backbone: str
+    """Folder or hub id of the vision-language model."""
+    taxonomy: Path | None = None
+    """YAML file of types and levels; null is the paper's."""
+    policy: Path | None = None
+    """YAML file that the run is saved with; null is the paper's behaviour."""
+    concepts: ConceptsConfig = ConceptsConfig()
+    tokens: TokensConfig = TokensConfig()
+
+    def inputs(self) -> dict[str, str | Path]:
+        return {**super().inputs(), "backbone": self.backbone}
+
+
+class Stage2Config(RunConfig):
+    """Stage II: safety alignment of the language model."""
+
+    model: Path
+    """Run folder of stage I."""
+    policy: Path | None = None
+    """YAML file that hints are drawn from, and that the run is saved with; null is stage I's."""
+    hint_dropout: float = Field(default=0.0, ge=0, le=1)
+    """Share of samples whose hint is withheld, so that the image alone must do."""
+    assess_batch: int = Field(default=16, ge=1)
+    """Samples whose verdicts are computed at a time."""
+    lora: LoraConfig = LoraConfig()
+
+    def inputs(self) -> dict[str, str | Path]:
+        return {**super().inputs(), "model": self.model}
+
+
+def load(path: str | Path, config: type[C], overrides: Sequence[str] = ()) -> C:
+    """Read a configuration.
+
+    Args:
+        path: a YAML file.
+        config: `Stage1Config` or `Stage2Config`.
+        overrides: `key.key=value` from the command line; the value is YAML.
+
+    Raises:
+        ConfigError: the file can't be read, or one line for each key that is wrong, naming the
+            file, the key and, if it is unknown, the known ones.
+    """
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: must hold the keys {', '.join(config.model_fields)}")
+    for override in overrides:
+        _override(data, override)
+    try:
+        return config.model_validate(data)
+    except ValidationError as error:
+        lines = [f"{path}: {_explain(one, config)}" for one in error.errors()]
+        raise ConfigError("\n".join(lines)) from None
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    *sections, last = key.strip().split(".")
+    if not equals or not all([*sections, last]):
+        raise ConfigError(f"override {override!r}: write it as key=value or section.key=value")
+    for section in sections:
+        data = data.setdefault(section, {})
+        if not isinstance(data, dict):
+            raise ConfigError(f"override {override!r}: {section} is not a section with keys")
+    try:
+        data[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"override {override!r}: not valid YAML ({reason})") from None
+
+
+def _explain(error: Mapping[str, Any], config: type[Section]) -> str:
+    """One pydantic error in the words of the file."""
+    key = ".".join(map(str, error["loc"]))
+    match error["type"]:
+        case "extra_forbidden":
+            known = ", ".join(_section_of(error["loc"], config).model_fields)
+            return f"unknown key {key!r}; known keys: {known}"
+        case "missing":
+            return f"the key {key!r} is missing"
+        case "value_error":
+            return f"{error['ctx']['error']}"
+        case _:
+            return f"{key}: {error['msg']}, got {error['input']!r}"
+
+
+def _section_of(loc: Sequence[str | int], section: type[Section]) -> type[Section]:
+    """The section in which the last key of a place stands."""
+    for key in loc[:-1]:
+        if isinstance(key, str):
+            section = _sections_in(section.model_fields[key].annotation)[0]
+    return section
+
+
+def _sections_in(annotation: Any) -> list[type[Section]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [found for part in get_args(annotation) for found in _sections_in(part)]
+
+
+def changes(old: object, new: object, prefix: str = "") -> list[str]:
+    """The keys in which two dumped configurations differ, as `section.key`."""
+    if not isinstance(old, Mapping) or not isinstance(new, Mapping):
+        return [] if old == new else [prefix]
+    keys = [*old, *(key for key in new if key not in old)]
+    missing = object()
+    return [
+        found
+        for key in keys
+        for found in changes(
+            old.get(key, missing), new.get(key, missing), f"{prefix}.{key}" if prefix else key
+        )
+    ]

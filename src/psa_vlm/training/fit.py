@@ -1,0 +1,156 @@
+"""One training, start to end, on `transformers.Trainer`; a run that was killed goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainingArguments
+
+from psa_vlm.errors import CheckpointError, DataError, MissingExtra
+from psa_vlm.training import processes
+from psa_vlm.training.checkpoints import (
+    KEPT,
+    SAVE_ERRORS,
+    MarkComplete,
+    latest,
+    remove_incomplete,
+    save_error,
+)
+from psa_vlm.training.config import Schedule
+
+T = TypeVar("T")
+History = list[dict[str, float]]
+"""The loss curve: `{"step", "epoch", "loss", "grad_norm", "learning_rate"}` for each point."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Where a training keeps its checkpoints, and what it shares with the others of its run."""
+
+    folder: Path
+    """For checkpoints, and event files for TensorBoard; a complete checkpoint in it is resumed."""
+    seed: int = 0
+    """Of new weights, order and dropout."""
+    report_to: tuple[str, ...] = ("tensorboard",)
+    """Where the loss curve goes besides the `History`."""
+
+
+class Task(nn.Module):
+    """What Trainer trains: its forward gives the loss, its state is what is trained, no more.
+
+    So a checkpoint holds exactly the parameters that require a gradient, and a frozen backbone
+    of any size is neither saved nor read again.
+    """
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        state: Mapping[str, Tensor] = super().state_dict(*args, **kwargs)
+        return {name: tensor for name, tensor in state.items() if name in trained}
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load what `state_dict` gave.
+
+        Raises:
+            CheckpointError: it holds other parameters.
+        """
+        differing = sorted(set(state_dict) ^ set(self.state_dict()))
+        if differing:
+            raise CheckpointError(
+                f"the checkpoint holds other parameters than this training ({differing[0]}, "
+                f"{len(differing)} in all): delete it and start again"
+            )
+        super().load_state_dict(state_dict, strict=False, assign=assign)
+        return nn.modules.module._IncompatibleKeys([], [])
+
+
+class Rows(Dataset[T]):
+    """Samples in memory, as torch wants them."""
+
+    def __init__(self, rows: Sequence[T]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> T:
+        return self.rows[index]
+
+
+def check_extras(report_to: Sequence[str]) -> None:
+    """See that what training needs is installed.
+
+    Raises:
+        MissingExtra: a package of the extra `train` is not.
+    """
+    needed = ["accelerate", *(["tensorboard"] if "tensorboard" in report_to else [])]
+    for package in needed:
+        if find_spec(package) is None:
+            raise MissingExtra(package, "train")
+
+
+def fit(task: Task, rows: Dataset[Any], collate: Any, schedule: Schedule, work: Work) -> History:
+    """Train a task in place, from the newest complete checkpoint in `work.folder` if there is one.
+
+    The outcome is the same, bit for bit, however often the process was killed on the way.
+
+    Args:
+        task: its forward takes what `collate` makes, and returns `{"loss": scalar}`.
+        rows: the samples.
+        collate: makes a dictionary of a list of rows.
+        schedule: how long and how fast.
+        work: where checkpoints go.
+
+    Raises:
+        DataError: there are no samples.
+        CheckpointError: a checkpoint can't be written; the last good one is kept.
+    """
+    if not len(rows):  # type: ignore[arg-type]
+        raise DataError("no samples to train on")
+    if schedule.epochs == 0:
+        return []
+    cpu = not torch.cuda.is_available()
+    arguments = TrainingArguments(
+        output_dir=str(work.folder),
+        num_train_epochs=schedule.epochs,
+        learning_rate=schedule.learning_rate,
+        warmup_steps=schedule.warmup_steps,
+        lr_scheduler_type=schedule.scheduler,
+        per_device_train_batch_size=schedule.batch_size,
+        gradient_accumulation_steps=schedule.accumulation,
+        weight_decay=schedule.weight_decay,
+        max_grad_norm=schedule.max_grad_norm,
+        bf16=schedule.bfloat16,
+        dataloader_num_workers=schedule.workers,
+        dataloader_pin_memory=not cpu,
+        logging_steps=schedule.log_every,
+        save_strategy="steps",
+        save_steps=schedule.checkpoint_every,
+        save_total_limit=KEPT,
+        seed=work.seed,
+        report_to=list(work.report_to),
+        remove_unused_columns=False,
+        use_cpu=cpu,
+    )
+    with processes.main_first():
+        remove_incomplete(work.folder)
+        newest = latest(work.folder)
+    trainer = Trainer(
+        task, arguments, train_dataset=rows, data_collator=collate, callbacks=[MarkComplete()]
+    )
+    try:
+        trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+    except SAVE_ERRORS as error:
+        if told := save_error(error, work.folder):
+            raise told from error
+        raise
+    task.eval()
+    return [point for point in trainer.state.log_history if "loss" in point]

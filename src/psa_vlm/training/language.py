@@ -1,0 +1,208 @@
+"""Training through the language model: the safety tokens (2) of stage I, the LoRA of stage II."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import set_seed
+
+from psa_vlm.data.images import Source, open_images
+from psa_vlm.data.sample import Sample, Turn
+from psa_vlm.errors import DataError
+from psa_vlm.model.backbone import Backbone
+from psa_vlm.model.tokens import add_safety_tokens
+from psa_vlm.training.config import LanguageSchedule, LoraConfig, TokensConfig
+from psa_vlm.training.fit import History, Task, Work, fit
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """What the language model is to say."""
+
+    images: tuple[Source, ...]
+    """Files or pictures."""
+    conversation: tuple[Turn, ...]
+    """Turns up to the user's last."""
+    answer: str
+    """The assistant's next words, on which the loss is."""
+    hint: str | None = None
+    """The policy's sentence beside the question."""
+
+
+def dialogues(
+    samples: Sequence[Sample], hints: Sequence[str | None] | None = None
+) -> list[Dialogue]:
+    """The last exchange of each sample, with what was said before it.
+
+    Args:
+        samples: each with an answer.
+        hints: one for each sample; None is none at all.
+
+    Raises:
+        DataError: counts the samples without an answer.
+    """
+    unanswered = [sample for sample in samples if not sample.answer]
+    if unanswered:
+        raise DataError(
+            f"{len(unanswered)} of {len(samples)} samples have no answer, {unanswered[0].id} the"
+            " first: the language model has nothing to learn there; complete or remove them"
+        )
+    return [
+        Dialogue(sample.images, _until_question(sample), sample.answer or "", hint)
+        for sample, hint in zip(samples, hints or [None] * len(samples), strict=True)
+    ]
+
+
+def _until_question(sample: Sample) -> tuple[Turn, ...]:
+    turns = list(sample.conversation)
+    while turns[-1].role != "user":
+        turns.pop()
+    return tuple(turns)
+
+
+class _Opened(Dataset[tuple[Dialogue, "list[Image]"]]):
+    """Dialogues with their images open, read as they are needed."""
+
+    def __init__(self, rows: Sequence[Dialogue]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[Dialogue, list[Image]]:
+        row = self.rows[index]
+        return row, [frame for image in row.images for frame in open_images(image)]
+
+
+def _collate(batch: list[tuple[Dialogue, list[Image]]]) -> dict[str, Any]:
+    return {"batch": batch}
+
+
+class _Answers(Task):
+    """The language-model loss on the answers, with prompts as inference builds them.
+
+    Args:
+        model: the backbone's model with what is trained inside it.
+        backbone: builds prompts and encodes images.
+    """
+
+    def __init__(self, model: nn.Module, backbone: Backbone) -> None:
+        super().__init__()
+        self.model = model
+        self.backbone = backbone
+
+    def train(self, mode: bool = True) -> _Answers:
+        super().train(mode)
+        self.backbone.model.get_encoder(modality="image").eval()  # frozen: no dropout in h_o
+        return self
+
+    def forward(self, batch: list[tuple[Dialogue, list[Image]]]) -> dict[str, Tensor]:
+        """Args: B dialogues with their images."""
+        rows = [dialogue for dialogue, _ in batch]
+        images = [image for _, images in batch for image in images]
+        inputs = self.backbone.prompts(
+            [row.conversation for row in rows],
+            [len(images) for _, images in batch],
+            [row.hint for row in rows],
+            answers=[row.answer for row in rows],
+        )
+        encoded = self.backbone.encode(images).mm_encoder_outputs() if images else None
+        output = self.model(**inputs, mm_encoder_outputs=encoded, use_cache=False)
+        return {"loss": output.loss}
+
+
+def _fit(
+    model: nn.Module,
+    backbone: Backbone,
+    rows: Sequence[Dialogue],
+    schedule: LanguageSchedule,
+    work: Work,
+) -> History:
+    if schedule.gradient_checkpointing:
+        backbone.model.activation_checkpointing_enable()
+    history = fit(_Answers(model, backbone), _Opened(rows), _collate, schedule, work)
+    if schedule.gradient_checkpointing:
+        backbone.model.activation_checkpointing_disable()
+    return history
+
+
+def _with_adapter(backbone: Backbone, config: PeftConfig) -> PeftModel:
+    """Put what is to be trained into the layers of the backbone's model."""
+    from peft import get_peft_model
+
+    with warnings.catch_warnings():  # of an attribute that transformers renamed
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        return get_peft_model(backbone.model, config)
+
+
+def train_tokens(
+    backbone: Backbone, samples: Sequence[Sample], config: TokensConfig, work: Work
+) -> History:
+    """Add the safety tokens (2) and train their embedding rows; every other weight stays as it is.
+
+    The prompts hold no hints (paper: stage I).
+
+    Args:
+        backbone: changed in place.
+        samples: answered.
+        config: `count` 0 adds nothing and trains nothing.
+        work: where checkpoints go.
+
+    Raises:
+        DataError: samples without answer, which it counts.
+        ImageError: an image can't be used.
+        CheckpointError: a checkpoint can't be written.
+    """
+    from peft import TrainableTokensConfig
+
+    rows = dialogues(samples)
+    if config.count == 0:
+        return []
+    ids = add_safety_tokens(backbone, config.count, work.seed)
+    model = _with_adapter(backbone, TrainableTokensConfig(token_indices=list(ids)))
+    history = _fit(model, backbone, rows, config, work)
+    backbone.model = model.merge_and_unload().eval().requires_grad_(False)
+    return history
+
+
+def train_lora(
+    backbone: Backbone, rows: Sequence[Dialogue], config: LoraConfig, work: Work
+) -> tuple[PeftModel, History]:
+    """Train LoRA on the language model's linear layers; the backbone's weights stay as they are.
+
+    Args:
+        backbone: the update is put into its layers, where it acts from now on.
+        rows: what to say, and beside which hint.
+        config: size and schedule.
+        work: where checkpoints go.
+
+    Returns:
+        The adapter, not merged: `merge_adapter()` makes it free to run.
+
+    Raises:
+        ImageError: an image can't be used.
+        CheckpointError: a checkpoint can't be written.
+    """
+    import peft
+
+    set_seed(work.seed)
+    adapter = _with_adapter(
+        backbone,
+        peft.LoraConfig(
+            r=config.r,
+            lora_alpha=config.alpha,  # type: ignore[arg-type]
+            lora_dropout=config.dropout,
+            target_modules=backbone.spec.language_layers,
+        ),
+    )
+    history = _fit(adapter, backbone, rows, config, work)
+    return adapter.eval().requires_grad_(False), history

@@ -1,0 +1,49 @@
+"""Stage I, safety concept extraction: the bottleneck, then the safety tokens (2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from psa_vlm.data.sample import Sample
+from psa_vlm.inference import PsaVlm
+from psa_vlm.model.backbone import Backbone
+from psa_vlm.policy.policy import Policy
+from psa_vlm.taxonomy import Taxonomy
+from psa_vlm.training.concepts import check_labelled, train_concepts
+from psa_vlm.training.config import Stage1Config
+from psa_vlm.training.language import dialogues, train_tokens
+from psa_vlm.training.processes import device
+from psa_vlm.training.runs import Run, backbone_dtype, read_samples
+
+
+def run_stage1(config: Stage1Config, samples: Sequence[Sample] | None = None) -> PsaVlm:
+    """Train stage I, or go on with it where it was killed, and write the run folder `config.out`.
+
+    Args:
+        config: what to do.
+        samples: labelled and answered; None reads `config.data`.
+
+    Raises:
+        ConfigError: a path of the configuration is wrong, or `out` holds another run.
+        DataError: samples can't be used.
+        CheckpointError: the backbone can't be read, or a checkpoint can't be written.
+    """
+    taxonomy = Taxonomy.from_yaml(config.taxonomy) if config.taxonomy else Taxonomy.default()
+    policy = Policy.from_yaml(config.policy) if config.policy else Policy.default()
+    policy.check(taxonomy)
+    samples = read_samples(config, taxonomy) if samples is None else samples
+    check_labelled(samples)
+    dialogues(samples)  # what is missing shows before anything is trained
+    dtype = backbone_dtype(config)
+    run = Run(1, config, samples)
+    if run.finished:
+        run.clean()
+        return PsaVlm.from_pretrained(run.out, config.backbone, taxonomy, dtype, device())
+    backbone = Backbone.from_pretrained(config.backbone, dtype, device())
+    bottleneck, concepts = train_concepts(
+        backbone, taxonomy, samples, config.concepts, run.work("concepts")
+    )
+    tokens = train_tokens(backbone, samples, config.tokens, run.work("tokens"))
+    model = PsaVlm(backbone, bottleneck, taxonomy, policy)
+    run.finish(model, {"concepts": concepts, "tokens": tokens})
+    return model
