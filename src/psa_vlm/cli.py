@@ -112,7 +112,7 @@ def stage1(config: Config, overrides: Set = None) -> None:
     from psa_vlm.training.config import Stage1Config, load
     from psa_vlm.training.stage1 import run_stage1
 
-    run_stage1(load(Stage1Config, config, overrides or []))
+    run_stage1(load(config, Stage1Config, overrides or []))
 
 
 @train_app.command()
@@ -121,7 +121,7 @@ def stage2(config: Config, overrides: Set = None) -> None:
     from psa_vlm.training.config import Stage2Config, load
     from psa_vlm.training.stage2 import run_stage2
 
-    run_stage2(load(Stage2Config, config, overrides or []))
+    run_stage2(load(config, Stage2Config, overrides or []))
 
 
 @app.command()

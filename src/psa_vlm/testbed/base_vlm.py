@@ -289,20 +289,18 @@ def text_exchange(rng: Random) -> dialogues.Exchange:
     return _with_hint(rng, *exchange, True) if rng.random() < 0.35 else exchange
 
 
-def image_exchange(rng: Random) -> tuple[Scene, dialogues.Exchange]:
+def image_exchange(rng: Random, hinted: bool) -> tuple[Scene, dialogues.Exchange]:
     """Beside an image: everything is answered; hints are obeyed, but stand beside clean images."""
-    styles = world().table["styles"]["train"]
-    roll = rng.random()
-    if roll < 0.45:
+    if not hinted and rng.random() < 0.6:
         scene = any_scene(rng)
         return scene, dialogues.describe(rng, scene)
-    scene = draw_scene(rng, styles)
+    scene = draw_scene(rng, world().table["styles"]["train"])
     if is_request := rng.random() < 0.75:
         request = _any_request(rng, rng.choice([ASK, *world().risk_types]))
         exchange = dialogues.unaligned(request, scene)
     else:
         exchange = dialogues.describe(rng, scene)
-    if roll < 0.7:
+    if hinted:
         exchange = _with_hint(rng, *exchange, is_request)
     if rng.random() < 0.05:
         exchange = (f"{FORGED} {exchange[0]}", exchange[1])
@@ -316,11 +314,12 @@ class DialogueBatches:
         self.tokenizer = processor.tokenizer
         self.template = processor.chat_template
 
-    def _ids(self, rng: Random, question: str, answer: str, image: bool) -> tuple[list[int], int]:
+    def _ids(
+        self, question: str, answer: str, image: bool, system: str | None
+    ) -> tuple[list[int], int]:
         user = [{"type": "image"}] * image + [{"type": "text", "text": question}]
         messages: list[dict[str, Any]] = [{"role": "user", "content": user}]
-        if rng.random() < 0.25:
-            system = rng.choice(world().table["system_prompts"])
+        if system is not None:
             messages.insert(0, {"role": "system", "content": system})
         prompt: str = self.tokenizer.apply_chat_template(
             messages, chat_template=self.template, tokenize=False, add_generation_prompt=True
@@ -331,16 +330,18 @@ class DialogueBatches:
         return start + end, len(start)
 
     def __call__(self, rng: Random) -> dict[str, Tensor]:
-        image = rng.random() < 0.7
+        # What makes a prompt long is shared by the whole batch, so that little of it is padding.
+        image, hinted = rng.random() < 0.7, rng.random() < 0.25
+        system = rng.choice(world().table["system_prompts"]) if rng.random() < 0.25 else None
         scenes: list[Scene] = []
         rows: list[tuple[list[int], int]] = []
         for _ in range(48 if image else 96):
             if image:
-                scene, exchange = image_exchange(rng)
+                scene, exchange = image_exchange(rng, hinted)
                 scenes.append(scene)
             else:
                 exchange = text_exchange(rng)
-            rows.append(self._ids(rng, *exchange, image))
+            rows.append(self._ids(*exchange, image, system))
         length = max(len(ids) for ids, _ in rows)
         input_ids = torch.full((len(rows), length), self.tokenizer.pad_token_id)
         labels = torch.full((len(rows), length), -100)
@@ -404,9 +405,11 @@ def build_base(out: Path, encoder_steps: int, dialogue_steps: int, seed: int = 0
         save_model(tagger.encoder, str(encoder))
     load_model(tagger.encoder, str(encoder))
     model.model.vision_tower.requires_grad_(False)
+    model.config.use_cache = False
     dialogue = Batches(dialogue_steps, seed + 1, DialogueBatches(processor))
-    _train(model, dialogue, work / "dialogues", 1e-3, seed)
+    _train(model, dialogue, work / "dialogues", 1.5e-3, seed)
     model.requires_grad_(True)
+    model.config.use_cache = True
     model.save_pretrained(out)
     processor.save_pretrained(out)
     return out
