@@ -211,11 +211,16 @@ def test_commit_outside_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     shutil.copy(module.__file__, copy)
     monkeypatch.setattr(module, "__file__", str(copy))
     assert git_commit() == "unknown"
-    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+
+    def git(*arguments: str) -> None:
+        author = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+        subprocess.run(["git", "-C", str(tmp_path), *author, *arguments], check=True)
+
+    git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "not ours")
     assert git_commit() == "unknown"
-    subprocess.run(["git", "-C", str(tmp_path), "add", "."], check=True)
-    author = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
-    subprocess.run(["git", "-C", str(tmp_path), *author, "commit", "-qm", "x"], check=True)
+    git("add", ".")
+    git("commit", "-q", "-m", "ours")
     assert re.fullmatch(r"[0-9a-f]{12}", git_commit())
     copy.write_text("changed", "utf-8")
     assert git_commit().endswith("-dirty")

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from psa_vlm.errors import InputError, VerdictError
-from psa_vlm.taxonomy import Taxonomy
 
+from psa_vlm.errors import InputError, VerdictError
 from psa_vlm.model.verdict import ImageVerdict, Verdict
+from psa_vlm.taxonomy import Taxonomy
 
 TAXONOMY = Taxonomy.default()
 
@@ -99,6 +99,13 @@ def test_one_broken_number_fails_the_whole_verdict(
     assert verdict.concepts == {}
     assert verdict.type is verdict.level is verdict.worst is None
     json.loads(json.dumps(verdict.to_dict(), allow_nan=False))
+
+
+def test_negative_numbers_that_sum_to_one_are_no_probabilities() -> None:
+    one = image("privacy", "high")
+    levels = {"safe": -0.5, "low": 0.5, "medium": 0.5, "high": 0.5}
+    verdict = Verdict.from_probs([ImageVerdict(one.type_probs, levels)], TAXONOMY)
+    assert "negative" in (verdict.error or "")
 
 
 @given(images, st.data(), st.booleans())
