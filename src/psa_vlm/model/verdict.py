@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+
 from psa_vlm.errors import InputError, VerdictError
 from psa_vlm.taxonomy import Taxonomy
 
