@@ -30,6 +30,9 @@ RECORD = "training.json"
 HISTORY = "history.json"
 """In a run folder: the loss curve of each part that was trained."""
 
+WRITING = ".writing"
+"""Ends the name of a file that is not complete yet."""
+
 _logger = logging.getLogger(__name__)
 
 
@@ -62,7 +65,7 @@ class Run:
         self.finished = self._is_ours(self.out)
         with main_first():
             if not self.finished and not self._is_ours(self.folder):
-                self.folder.mkdir(parents=True)
+                self.folder.mkdir(parents=True, exist_ok=True)
                 write_json(self.folder / RECORD, self.record)
         if self.finished:
             _logger.warning("%s: already finished with this configuration", self.out)
@@ -96,11 +99,11 @@ class Run:
                 shutil.copy(events, target)
 
     def _is_ours(self, folder: Path) -> bool:
-        """Whether a folder was made by this very run; False if there is none or it is empty."""
+        """Whether a folder was made by this very run; False if there is none, or nothing in it."""
         try:
             found = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            if not folder.is_dir() or not any(folder.iterdir()):
+            if not folder.is_dir() or all(path.suffix == WRITING for path in folder.iterdir()):
                 return False
             raise ConfigError(
                 f"{folder}: exists and is no training run of psa-vlm; choose another out"
@@ -157,7 +160,7 @@ def write_json(path: Path, data: Any) -> None:
     Raises:
         CheckpointError: it can't be written.
     """
-    writing = path.with_name(f"{path.name}.writing")
+    writing = path.with_name(path.name + WRITING)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         writing.write_text(json.dumps(data, indent=1), encoding="utf-8")

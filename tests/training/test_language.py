@@ -1,0 +1,149 @@
+"""Training through the language model: exactly the named parameters change."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from psa_vlm.data.sample import Sample, Turn
+from psa_vlm.errors import DataError
+from psa_vlm.model.backbone import Backbone
+from psa_vlm.model.tokens import add_safety_tokens
+from psa_vlm.training.fit import Work
+from psa_vlm.training.language import _Answers, dialogues, train_lora, train_tokens
+
+
+def copied(backbone: Backbone) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}
+
+
+@pytest.mark.parametrize("checkpoint", ["llava_dir", "tied_llava_dir"])
+def test_tokens_change_their_rows_alone(
+    checkpoint: str,
+    samples: list[Sample],
+    schedules: Any,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> None:
+    folder: Path = request.getfixturevalue(checkpoint)
+    work = Work(tmp_path, seed=5, report_to=())
+    untrained = Backbone.from_pretrained(folder)
+    ids = list(add_safety_tokens(untrained, 3, work.seed))
+    before = copied(untrained)
+    trained = Backbone.from_pretrained(folder)
+    history = train_tokens(trained, samples, schedules["tokens"], work)
+    after = trained.model.state_dict()
+    assert before.keys() == after.keys()
+    rows = trained.model.get_input_embeddings().weight
+    for name, tensor in after.items():
+        if tensor.data_ptr() != rows.data_ptr():
+            assert torch.equal(tensor, before[name]), name
+            continue
+        changed = (tensor != before[name]).any(1).nonzero().flatten().tolist()
+        assert changed == ids
+    assert len(history) == 6
+    assert not any(parameter.requires_grad for parameter in trained.model.parameters())
+    assert trained.safety_token_ids == tuple(ids)
+
+
+def test_no_tokens_change_nothing(
+    llava_dir: Path, samples: list[Sample], schedules: Any, tmp_path: Path
+) -> None:
+    backbone = Backbone.from_pretrained(llava_dir)
+    before = copied(backbone)
+    none = schedules["tokens"].model_copy(update={"count": 0})
+    assert train_tokens(backbone, samples, none, Work(tmp_path)) == []
+    assert all(torch.equal(t, before[n]) for n, t in backbone.model.state_dict().items())
+    assert backbone.safety_token_ids == ()
+
+
+def test_lora_changes_its_own_matrices_alone(
+    llava_dir: Path, samples: list[Sample], schedules: Any, tmp_path: Path
+) -> None:
+    backbone = Backbone.from_pretrained(llava_dir)
+    before = copied(backbone)
+    adapter, history = train_lora(
+        backbone, dialogues(samples), schedules["lora"], Work(tmp_path, report_to=())
+    )
+    after = backbone.model.state_dict()
+    base = {n.replace(".base_layer", ""): t for n, t in after.items() if "lora_" not in n}
+    assert base.keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in base.items())
+    added = [name for name in after if "lora_" in name]
+    assert len(added) == 2 * 7 * 2  # layers x linear layers x (A, B)
+    assert all("language_model.layers" in name for name in added)
+    assert all(after[name].any() for name in added)  # B starts at zero, and has learned
+    assert history[-1]["loss"] < history[0]["loss"]
+    assert not any(parameter.requires_grad for parameter in adapter.parameters())
+    assert not backbone.model.training
+
+
+def test_gradient_checkpointing_changes_no_result(
+    llava_dir: Path, samples: list[Sample], schedules: Any, tmp_path: Path
+) -> None:
+    outcomes = []
+    for on in (False, True):
+        backbone = Backbone.from_pretrained(llava_dir)
+        config = schedules["lora"].model_copy(update={"gradient_checkpointing": on, "epochs": 1})
+        work = Work(tmp_path / f"{on}", report_to=())
+        train_lora(backbone, dialogues(samples), config, work)
+        assert not backbone.model.is_activation_checkpointing
+        outcomes.append(backbone.model.state_dict())
+    torch.testing.assert_close(*outcomes)
+
+
+def test_the_loss_is_on_the_answer_beside_image_and_hint(
+    llava_dir: Path, samples: list[Sample]
+) -> None:
+    backbone = Backbone.from_pretrained(llava_dir)
+    text_only = Sample("t", (), (Turn("user", "Hi?"), Turn("assistant", "Hello.")))
+    rows = dialogues([samples[0], text_only], ["Safe Hint: take care.", None])
+    from psa_vlm.training.language import _Opened
+
+    opened = _Opened(rows)
+    batch = [opened[0], opened[1]]
+    loss = _Answers(backbone.model, backbone)(batch)["loss"]
+    images = [image for _, some in batch for image in some]
+    inputs = backbone.prompts(
+        [row.conversation for row in rows],
+        [1, 0],
+        ["Safe Hint: take care.", None],
+        answers=["It is 0.", "Hello."],
+    )
+    pixels = backbone.processor.image_processor(images, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        logits = backbone.model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            pixel_values=pixels,
+        ).logits
+    expected = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten(), ignore_index=-100
+    )
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
+    without = _Answers(backbone.model, backbone)(
+        [(replace(row, hint=None), some) for row, some in batch]
+    )["loss"]
+    assert without != loss
+
+
+def test_dialogues_end_with_the_question() -> None:
+    turns = (
+        Turn("user", "A?"),
+        Turn("assistant", "B."),
+        Turn("user", "C?"),
+        Turn("assistant", "D."),
+    )
+    (row,) = dialogues([Sample("s", (), turns)])
+    assert row.conversation == turns[:3] and row.answer == "D." and row.hint is None
+
+
+def test_samples_without_answer_are_counted(samples: list[Sample]) -> None:
+    silent = [replace(s, conversation=s.conversation[:1]) for s in samples[:2]]
+    with pytest.raises(DataError, match="2 of 6 samples have no answer, s0 the first"):
+        dialogues([*silent, *samples[2:]])
