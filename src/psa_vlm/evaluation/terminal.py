@@ -19,6 +19,9 @@ def verdict_table(verdict: Verdict) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("image", "concept", "probability", ""):
         table.add_column(column, justify="right" if column == "probability" else "left")
+    if verdict.error:
+        table.caption = f"not assessed: {verdict.error}"
+        return table
     for i, image in enumerate(verdict.images):
         name = f"{i}{' (decides)' if i == verdict.worst and len(verdict.images) > 1 else ''}"
         for probs in (image.type_probs, image.level_probs):
@@ -33,6 +36,4 @@ def verdict_table(verdict: Verdict) -> Table:
     if verdict.overridden:
         given = ", ".join(f"{name}: {verdict.concepts[name]}" for name in verdict.overridden)
         table.caption = f"overridden: {given}"
-    if verdict.error:
-        table.caption = f"not assessed: {verdict.error}"
     return table
