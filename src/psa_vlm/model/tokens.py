@@ -141,6 +141,7 @@ class Guard:
     Attributes:
         structural: ids that only the chat template may write.
         marks: the strings behind them, and the plain-text role marks.
+        role_ids: the role marks as token ids, in every way that they are spelled.
     """
 
     def __init__(self, processor: Any) -> None:
@@ -159,7 +160,7 @@ class Guard:
         marks = "|".join(map(re.escape, folded))
         self._pattern = re.compile(f"(?=[{starts}])(?=({marks}))" if folded else r"(?!)")
         spelled = {ids for mark in roles for ids in self._spellings(mark)}
-        self._role_ids = [ids for ids in spelled if unknown not in ids]
+        self.role_ids = [ids for ids in spelled if ids and unknown not in ids]
 
     def clean(self, text: str) -> str:
         """The text with every mark broken.
@@ -184,9 +185,9 @@ class Guard:
 
     def _is_plain(self, text: str) -> bool:
         ids = self._ids(text)
-        return self.structural.isdisjoint(ids) and not any(
-            _contains(ids, role) for role in self._role_ids
-        )
+        spelled = _as_text(ids)
+        forges = any(_as_text(role) in spelled for role in self.role_ids)
+        return not forges and self.structural.isdisjoint(ids)
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -257,15 +258,15 @@ def _plain(char: str) -> str:
 def _broken(text: str, places: dict[int, bool], break_: str) -> str:
     if not places:
         return text
-    return "".join(
-        (break_ if places[i] else char + break_) if i in places else char
-        for i, char in enumerate(text)
-    )
+    parts = []
+    for i, char in enumerate(text):
+        if i not in places or text[i + 1 : i + 2] == break_:
+            parts.append(char)
+        else:
+            parts.append(break_ if places[i] else char + break_)
+    return "".join(parts)
 
 
-def _contains(ids: Sequence[int], part: Sequence[int]) -> bool:
-    """Whether ``part`` occurs in ``ids`` in one piece."""
-    width = len(part)
-    return any(
-        ids[i] == part[0] and tuple(ids[i : i + width]) == part for i in range(len(ids) - width + 1)
-    )
+def _as_text(ids: Iterable[int]) -> str:
+    """Ids as characters: searching one sequence in another is then a search in a string."""
+    return "".join(map(chr, ids))
