@@ -123,3 +123,38 @@ def tied_llava_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     llava_model(tokenizer, tied=True).save_pretrained(folder)
     llava_processor(tokenizer).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def run_dir(llava_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder on the tiny LLaVA: random bottleneck, four safety tokens, no adapter."""
+    import torch
+
+    from psa_vlm.inference import PsaVlm
+    from psa_vlm.model.backbone import Backbone
+    from psa_vlm.model.bottleneck import BottleneckConfig, SafetyBottleneck
+    from psa_vlm.model.tokens import add_safety_tokens
+
+    backbone = Backbone.from_pretrained(llava_dir)
+    add_safety_tokens(backbone, 4)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        bottleneck = SafetyBottleneck(
+            BottleneckConfig(24, 32, hidden=16, tokens=4, heads=4, depth=1)
+        )
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    PsaVlm(backbone, bottleneck).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A PNG of four coloured squares."""
+    from PIL import Image
+
+    image = Image.new("RGB", (32, 32), "white")
+    for x, y, colour in ((0, 0, "red"), (16, 0, "green"), (0, 16, "blue")):
+        image.paste(colour, (x, y, x + 16, y + 16))
+    path = tmp_path_factory.mktemp("pictures") / "squares.png"
+    image.save(path)
+    return path

@@ -1,0 +1,115 @@
+"""Run folders: what is saved comes back, what is broken is named, and a full disk loses nothing."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from psa_vlm.errors import CheckpointError, TaxonomyMismatch
+from psa_vlm.inference import PsaVlm
+from psa_vlm.model import checkpoint
+from psa_vlm.taxonomy import Taxonomy
+
+
+@pytest.fixture()
+def run(run_dir: Path, tmp_path: Path) -> Path:
+    """A copy that a test may break."""
+    return Path(shutil.copytree(run_dir, tmp_path / "run"))
+
+
+def state(model: PsaVlm) -> dict[str, torch.Tensor]:
+    return {**model.bottleneck.state_dict(), **model.backbone.model.state_dict()}
+
+
+def test_a_saved_model_comes_back_bit_for_bit(run: Path, picture: Path, tmp_path: Path) -> None:
+    model = PsaVlm.from_pretrained(run)
+    model.save_pretrained(tmp_path / "again")
+    again = PsaVlm.from_pretrained(tmp_path / "again")
+    before, after = state(model), state(again)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert again.policy == model.policy
+    assert again.assess(picture, "Hi").to_dict() == model.assess(picture, "Hi").to_dict()
+
+
+def test_nothing_in_a_run_is_pickled(run: Path) -> None:
+    assert not [p for p in run.rglob("*") if p.suffix in (".pt", ".bin", ".pkl", ".pth")]
+
+
+def test_another_taxonomy_is_refused(run: Path) -> None:
+    other = Taxonomy(("weapons", "clean"), ("safe", "high"), "clean")
+    with pytest.raises(TaxonomyMismatch, match="another taxonomy"):
+        PsaVlm.from_pretrained(run, taxonomy=other)
+    other.to_yaml(run / "taxonomy.yaml")  # somebody edited the file
+    with pytest.raises(TaxonomyMismatch, match="another taxonomy"):
+        PsaVlm.from_pretrained(run)
+
+
+@pytest.mark.parametrize(
+    "name", ["psa.json", "bottleneck.safetensors", "safety_tokens.safetensors"]
+)
+def test_a_missing_or_cut_off_file_is_one_clear_line(run: Path, name: str) -> None:
+    path = run / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(CheckpointError, match="run") as caught:
+        PsaVlm.from_pretrained(run)
+    assert "\n" not in str(caught.value)
+    path.unlink()
+    with pytest.raises(CheckpointError):
+        PsaVlm.from_pretrained(run)
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="not a psa-vlm run"):
+        PsaVlm.from_pretrained(tmp_path)
+
+
+def test_a_run_of_another_format_is_refused(run: Path) -> None:
+    manifest = json.loads((run / "psa.json").read_text())
+    (run / "psa.json").write_text(json.dumps({**manifest, "format": 99}))
+    with pytest.raises(CheckpointError, match="format"):
+        PsaVlm.from_pretrained(run)
+
+
+def test_a_base_model_that_moved_can_be_given(run: Path, llava_dir: Path, tmp_path: Path) -> None:
+    manifest = json.loads((run / "psa.json").read_text())
+    (run / "psa.json").write_text(json.dumps({**manifest, "base": str(tmp_path / "gone")}))
+    with pytest.raises(CheckpointError, match=r"gone.*give its new place"):
+        PsaVlm.from_pretrained(run)
+    PsaVlm.from_pretrained(run, base=llava_dir)
+
+
+@pytest.mark.parametrize("step", ["weights", "manifest"])
+def test_a_full_disk_leaves_the_last_good_run(
+    run: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    model = PsaVlm.from_pretrained(run)
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if step == "weights":
+        monkeypatch.setattr(checkpoint, "save_file", full)
+    else:
+        monkeypatch.setattr(checkpoint, "_sync", full)
+    with pytest.raises(CheckpointError, match=r"free some space.*untouched"):
+        model.save_pretrained(run)
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+    assert [p.name for p in run.parent.iterdir()] == ["run"]
+    monkeypatch.undo()
+    PsaVlm.from_pretrained(run)
+
+
+def test_saving_replaces_a_run_as_a_whole(run: Path) -> None:
+    (run / "adapter").mkdir()
+    (run / "adapter" / "stale.txt").write_text("of an older run")
+    PsaVlm.from_pretrained(run).save_pretrained(run)
+    assert not (run / "adapter").exists()
+    assert [p.name for p in run.parent.iterdir()] == ["run"]

@@ -1,0 +1,216 @@
+"""The command line: what it prints, and one clear line with the right exit code for bad input."""
+
+from __future__ import annotations
+
+import json
+import struct
+import sys
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from psa_vlm import cli
+from psa_vlm.taxonomy import Taxonomy
+
+
+@dataclass
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+
+Psa = Callable[..., Outcome]
+
+
+@pytest.fixture()
+def psa(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Psa:
+    """Run `psa-vlm` in this process."""
+
+    def run(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["psa-vlm", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        caught = capsys.readouterr()
+        return Outcome(code, caught.out, caught.err)
+
+    return run
+
+
+@pytest.fixture()
+def assess(psa: Psa, run_dir: Path) -> Psa:
+    """Run `psa-vlm assess` on the tiny run."""
+
+    def run(*arguments: object) -> Outcome:
+        return psa("assess", *arguments, "--model", run_dir)
+
+    return run
+
+
+def one_line(outcome: Outcome, *words: str, code: int = 2) -> None:
+    """The outcome is one line on stderr that has the words, and the exit code."""
+    assert outcome.code == code, outcome
+    lines = outcome.err.strip().splitlines()
+    assert len(lines) == 1, outcome.err
+    for word in words:
+        assert word in lines[0]
+    assert "Traceback" not in outcome.err
+
+
+def test_help_names_every_command(psa: Psa) -> None:
+    outcome = psa("--help")
+    assert outcome.code == 0
+    for command in ("demo", "train", "assess", "chat", "evaluate", "testbed"):
+        assert command in outcome.out
+
+
+def test_version(psa: Psa) -> None:
+    from psa_vlm import __version__
+
+    assert psa("--version").out.strip() == __version__
+
+
+def test_assess_prints_probabilities_for_people_and_json_for_programs(
+    assess: Psa, picture: Path
+) -> None:
+    shown = assess(picture, "--text", "What is this?")
+    assert shown.code == 0
+    assert "illegal risk" in shown.out and "by rule" in shown.out
+    told = json.loads(assess(picture, "--text", "What is this?", "--json").out)
+    assert set(told["verdict"]["images"][0]["type_probs"]) == set(Taxonomy.default().types)
+    assert told["decision"]["action"] in ("allow", "hint", "refuse")
+
+
+def test_assess_takes_an_intervention_and_a_policy(
+    assess: Psa, picture: Path, tmp_path: Path
+) -> None:
+    from psa_vlm.policy.policy import Policy
+
+    policy = tmp_path / "policy.yaml"
+    rules = {"*": {"low": "hint", "medium": "refuse", "high": "refuse"}}
+    Policy.default().model_copy(update={"rules": rules}).to_yaml(policy)
+    told = assess(
+        *(picture, "--text", "Hi", "--policy", policy, "--concept", "privacy=high", "--json")
+    )
+    decision = json.loads(told.out)["decision"]
+    assert (decision["action"], decision["rule"], decision["type"]) == (
+        "refuse",
+        "*.high",
+        "privacy",
+    )
+
+
+def test_chat_answers_one_question_and_remembers_a_conversation(
+    psa: Psa, run_dir: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    once = psa("chat", picture, "--model", run_dir, "--text", "Hi", "--concept", "privacy=low")
+    assert once.code == 0
+    assert "hint by rule *.low" in once.out
+    questions = iter(["What is this?", "And now?", ""])
+    monkeypatch.setattr("typer.prompt", lambda *args, **kwargs: next(questions))
+    talk = psa("chat", picture, "--model", run_dir, "--json")
+    assert talk.code == 0
+    assert talk.out.count('"decision"') == 2
+
+
+# --- bad input -----------------------------------------------------------------------------------
+
+
+def test_missing_image(assess: Psa, tmp_path: Path) -> None:
+    one_line(assess(tmp_path / "none.png", "--text", "Hi"), "none.png", "no such image")
+
+
+def test_truncated_image(assess: Psa, tmp_path: Path) -> None:
+    noise = Image.effect_noise((200, 200), 90)
+    noise.save(tmp_path / "cut.png")
+    content = (tmp_path / "cut.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(content[: len(content) // 2])
+    one_line(assess(tmp_path / "cut.png", "--text", "Hi"), "cut.png", "truncated")
+
+
+def test_text_named_png(assess: Psa, tmp_path: Path) -> None:
+    (tmp_path / "note.png").write_text("I am no picture")
+    one_line(assess(tmp_path / "note.png", "--text", "Hi"), "note.png", "not an image")
+
+
+def test_huge_png(assess: Psa, tmp_path: Path) -> None:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 64)) + chunk(b"IEND", b"")
+    (tmp_path / "huge.png").write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+    one_line(assess(tmp_path / "huge.png", "--text", "Hi"), "huge.png", "pixels")
+
+
+def test_animation_is_assessed_frame_by_frame(assess: Psa, tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "two.gif", save_all=True, append_images=frames[1:])
+    told = json.loads(assess(tmp_path / "two.gif", "--text", "Hi", "--json").out)
+    assert len(told["verdict"]["images"]) == 2
+
+
+@pytest.mark.parametrize("text", ["", "  "])
+def test_empty_text(assess: Psa, picture: Path, text: str) -> None:
+    one_line(assess(picture, "--text", text), "text is empty")
+
+
+def test_very_long_text(assess: Psa, picture: Path) -> None:
+    one_line(assess(picture, "--text", "x" * 100_000), "100,000 tokens", "shorten")
+
+
+@pytest.mark.parametrize("pair", ["privacy", "weapons=high", "privacy=extreme"])
+def test_bad_concept(assess: Psa, picture: Path, pair: str) -> None:
+    one_line(assess(picture, "--text", "Hi", "--concept", pair), pair.split("=")[-1])
+
+
+def test_no_run_folder(psa: Psa, picture: Path, tmp_path: Path) -> None:
+    outcome = psa("assess", picture, "--text", "Hi", "--model", tmp_path / "nowhere")
+    one_line(outcome, "nowhere", "not a psa-vlm run", code=1)
+
+
+def test_policy_with_an_unknown_key(assess: Psa, picture: Path, tmp_path: Path) -> None:
+    (tmp_path / "policy.yaml").write_text("name: x\nrefuse_all: true\n")
+    outcome = assess(picture, "--text", "Hi", "--policy", tmp_path / "policy.yaml")
+    assert outcome.code == 2
+    assert "unknown key 'refuse_all'" in outcome.err
+
+
+def test_labels_outside_the_taxonomy_and_a_broken_line(
+    psa: Psa, run_dir: Path, picture: Path, tmp_path: Path
+) -> None:
+    row = {
+        "safe_type": 1,
+        "safe_level": 3,
+        "image": str(picture),
+        "conversations": [
+            {"from": "USER", "value": "<image>\nWhat is this?"},
+            {"from": "ASSISTANT", "value": "No."},
+        ],
+    }
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps(row) + "\n" + json.dumps({**row, "safe_type": 42}) + "\n")
+    one_line(psa("evaluate", "--model", run_dir, "--data", data), "data.jsonl:2", "42")
+    data.write_text(json.dumps(row) + "\n{broken\n")
+    one_line(psa("evaluate", "--model", run_dir, "--data", data), "data.jsonl:2")
+    data.write_text(json.dumps(row) + "\n")
+    scored = json.loads(psa("evaluate", "--model", run_dir, "--data", data, "--json").out)
+    assert scored["refused"]["high"]["n"] == 1
+
+
+def test_train_names_a_wrong_key_and_where(psa: Psa, tmp_path: Path) -> None:
+    config = tmp_path / "stage1.yaml"
+    config.write_text("backbone: x\nout: y\nepochs: 3\n")
+    one_line(psa("train", "stage1", config), "stage1.yaml", "unknown key 'epochs'")
+    one_line(psa("train", "stage2", tmp_path / "none.yaml"), "none.yaml")
+    config.write_text("backbone: x\nout: y\n")
+    one_line(psa("train", "stage1", config, "--set", "concepts.lr=1"), "lr")
