@@ -1,13 +1,14 @@
 """The testbed's base model: a standard LLaVA that was safety-aligned in words only.
 
-Two steps, both on `transformers.Trainer` and resumable: the vision encoder learns to name what
-each patch shows, then the projector and the language model learn to talk (with text-only safety,
-and with hints in words and beside harmless images). No risky image is ever refused.
+Three steps, all on `transformers.Trainer` and resumable: the vision encoder learns to name what
+each patch shows; then the projector and the language model learn to talk (with text-only safety,
+and with hints in words and beside harmless images); then all of it learns from conversations of
+several questions about a scene. No risky image is ever refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -149,7 +150,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenera
     config = LlavaConfig(
         vision_config=vision,
         text_config=text,
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
         tie_word_embeddings=False,
@@ -173,7 +174,8 @@ def pixels(scene: Scene) -> np.ndarray:
 def _label(name: str, word: str) -> int:
     names = list(world().kinds)
     if name == SIGN:
-        return 1 + len(names) + world().table["signs"].index(word)
+        signs: list[str] = world().table["signs"]
+        return 1 + len(names) + signs.index(word)
     return 1 + names.index(name)
 
 
@@ -308,46 +310,67 @@ def image_exchange(rng: Random, hinted: bool) -> tuple[Scene, dialogues.Exchange
 
 
 class DialogueBatches:
-    """Makes batches of dialogues as token ids, with the loss on the answers alone."""
+    """Makes batches of dialogues as token ids, with the loss on the answers alone.
 
-    def __init__(self, processor: LlavaProcessor) -> None:
+    Args:
+        processor: of the base model.
+        conversations: share of batches in which a scene is asked about several times.
+    """
+
+    def __init__(self, processor: LlavaProcessor, conversations: float) -> None:
         self.tokenizer = processor.tokenizer
         self.template = processor.chat_template
+        self.conversations = conversations
+        self.start, self.end = self.tokenizer.convert_tokens_to_ids(["<|assistant|>", "<|end|>"])
 
-    def _ids(
-        self, question: str, answer: str, image: bool, system: str | None
-    ) -> tuple[list[int], int]:
-        user = [{"type": "image"}] * image + [{"type": "text", "text": question}]
-        messages: list[dict[str, Any]] = [{"role": "user", "content": user}]
+    def _row(
+        self, exchanges: Sequence[dialogues.Exchange], image: bool, system: str | None
+    ) -> tuple[list[int], list[int]]:
+        """Token ids of a dialogue, and its labels: the answers with their ends of turn."""
+        messages: list[dict[str, Any]] = []
         if system is not None:
-            messages.insert(0, {"role": "system", "content": system})
-        prompt: str = self.tokenizer.apply_chat_template(
-            messages, chat_template=self.template, tokenize=False, add_generation_prompt=True
+            messages.append({"role": "system", "content": system})
+        for turn, (question, answer) in enumerate(exchanges):
+            picture = [{"type": "image"}] * (image and turn == 0)
+            user = [*picture, {"type": "text", "text": question}]
+            messages.append({"role": "user", "content": user})
+            messages.append({"role": "assistant", "content": answer})
+        text: str = self.tokenizer.apply_chat_template(
+            messages, chat_template=self.template, tokenize=False
         )
-        prompt = prompt.replace("<image>", "<image>" * GRID**2)
-        start = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        end = self.tokenizer(f"{answer}<|end|>", add_special_tokens=False)["input_ids"]
-        return start + end, len(start)
+        text = text.replace("<image>", "<image>" * GRID**2)
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        labels, answering = [], False
+        for token in ids:
+            labels.append(token if answering else -100)
+            if token in (self.start, self.end):
+                answering = token == self.start
+        return ids, labels
 
     def __call__(self, rng: Random) -> dict[str, Tensor]:
+        if rng.random() < self.conversations:
+            scenes = [any_scene(rng) for _ in range(40)]
+            talks = [[dialogues.describe(rng, scene) for _ in range(5)] for scene in scenes]
+            return self._batch([self._row(talk, True, None) for talk in talks], scenes)
         # What makes a prompt long is shared by the whole batch, so that little of it is padding.
         image, hinted = rng.random() < 0.7, rng.random() < 0.25
         system = rng.choice(world().table["system_prompts"]) if rng.random() < 0.25 else None
-        scenes: list[Scene] = []
-        rows: list[tuple[list[int], int]] = []
-        for _ in range(48 if image else 96):
-            if image:
-                scene, exchange = image_exchange(rng, hinted)
-                scenes.append(scene)
-            else:
-                exchange = text_exchange(rng)
-            rows.append(self._ids(*exchange, image, system))
+        if not image:
+            rows = [self._row([text_exchange(rng)], False, system) for _ in range(96)]
+            return self._batch(rows, [])
+        pairs = [image_exchange(rng, hinted) for _ in range(48)]
+        rows = [self._row([exchange], True, system) for _, exchange in pairs]
+        return self._batch(rows, [scene for scene, _ in pairs])
+
+    def _batch(
+        self, rows: Sequence[tuple[list[int], list[int]]], scenes: Sequence[Scene]
+    ) -> dict[str, Tensor]:
         length = max(len(ids) for ids, _ in rows)
         input_ids = torch.full((len(rows), length), self.tokenizer.pad_token_id)
         labels = torch.full((len(rows), length), -100)
-        for i, (ids, start) in enumerate(rows):
+        for i, (ids, told) in enumerate(rows):
             input_ids[i, : len(ids)] = torch.tensor(ids)
-            labels[i, start : len(ids)] = torch.tensor(ids[start:])
+            labels[i, : len(told)] = torch.tensor(told)
         batch = {
             "input_ids": input_ids,
             "attention_mask": (input_ids != self.tokenizer.pad_token_id).long(),
@@ -383,33 +406,46 @@ def _train(model: nn.Module, data: Batches, folder: Path, learning_rate: float, 
     trainer.train(resume_from_checkpoint=resume or None)
 
 
-def build_base(out: Path, encoder_steps: int, dialogue_steps: int, seed: int = 0) -> Path:
+def build_base(
+    out: Path, encoder_steps: int, dialogue_steps: int, conversation_steps: int, seed: int = 0
+) -> Path:
     """Train the base model from nothing and save it as a plain Hugging Face checkpoint.
 
-    Both steps keep checkpoints under `out/work`; the same call goes on where it was stopped.
+    Every step keeps checkpoints under `out/work`; the same call goes on where it was stopped.
 
     Args:
         out: folder for the checkpoint.
         encoder_steps: batches of 64 scenes for the vision encoder.
-        dialogue_steps: batches of 48 dialogues with or 96 without an image.
+        dialogue_steps: batches of 48 dialogues with or 96 without an image; encoder frozen.
+        conversation_steps: batches of which most hold 40 scenes with five questions each.
         seed: of weights and data.
     """
     torch.manual_seed(seed)
     processor = build_processor()
     model = build_model(processor.tokenizer)
-    work = out / "work"
-    tagger = PatchTagger(model.model.vision_tower)
-    encoder = work / "encoder.safetensors"
-    if not encoder.exists():
-        _train(tagger, Batches(encoder_steps, seed, _tagging_batch), work / "encoder", 1e-3, seed)
-        save_model(tagger.encoder, str(encoder))
-    load_model(tagger.encoder, str(encoder))
-    model.model.vision_tower.requires_grad_(False)
     model.config.use_cache = False
-    dialogue = Batches(dialogue_steps, seed + 1, DialogueBatches(processor))
-    _train(model, dialogue, work / "dialogues", 1.5e-3, seed)
-    model.requires_grad_(True)
+    work = out / "work"
+    tower = model.model.vision_tower
+    data = Batches(encoder_steps, seed, _tagging_batch)
+    _step(PatchTagger(tower), tower, data, work / "encoder", 1e-3, seed)
+    tower.requires_grad_(False)
+    data = Batches(dialogue_steps, seed + 1, DialogueBatches(processor, conversations=0.0))
+    _step(model, model, data, work / "dialogues", 1.5e-3, seed)
+    tower.requires_grad_(True)
+    data = Batches(conversation_steps, seed + 2, DialogueBatches(processor, conversations=0.7))
+    _step(model, model, data, work / "conversations", 7e-4, seed)
     model.config.use_cache = True
     model.save_pretrained(out)
     processor.save_pretrained(out)
     return out
+
+
+def _step(
+    trained: nn.Module, kept: nn.Module, data: Batches, work: Path, rate: float, seed: int
+) -> None:
+    """Train, or take what an earlier call has trained; `kept` is what later steps build on."""
+    weights = work.with_suffix(".safetensors")
+    if not weights.exists():
+        _train(trained, data, work, rate, seed)
+        save_model(kept, str(weights))
+    load_model(kept, str(weights))

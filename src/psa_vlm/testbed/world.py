@@ -91,8 +91,12 @@ def world() -> World:
     table = yaml.safe_load(
         files("psa_vlm.testbed").joinpath("assets/world.yaml").read_text(encoding="utf-8")
     )
-    kinds = [Kind(*row, risk=None, unseen=False) for row in (*table["harmless"], table["person"])]
+    rows = [(row, None, False) for row in (*table["harmless"], table["person"])]
     for risk, entry in table["risky"].items():
-        kinds += [Kind(*row, risk=risk, unseen=row[0] in entry["unseen"]) for row in entry["kinds"]]
+        rows += [(row, risk, row[0] in entry["unseen"]) for row in entry["kinds"]]
+    kinds = [
+        Kind(name, sort, codepoint, fluent, risk, unseen)
+        for (name, sort, codepoint, fluent), risk, unseen in rows
+    ]
     companions = {risk: entry["companion"] for risk, entry in table["risky"].items()}
     return World({kind.name: kind for kind in kinds}, companions, table)
