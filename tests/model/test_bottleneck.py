@@ -26,8 +26,8 @@ SIZES: dict[str, Any] = {"vision_width": 6, "text_width": 16, "hidden": 8, "toke
 def bottleneck_of(**changes: Any) -> SafetyBottleneck:
     torch.manual_seed(0)
     bottleneck = SafetyBottleneck(BottleneckConfig(**{**SIZES, **changes})).eval()
-    if bottleneck.head.score is not None:
-        torch.nn.init.normal_(bottleneck.head.score.weight)
+    if bottleneck.head.reader is not None:
+        torch.nn.init.normal_(bottleneck.head.reader.score.weight)
     return bottleneck
 
 

@@ -11,8 +11,8 @@ from psa_vlm.model.head import Pooling, SafetyHead
 def head_of(pooling: Pooling) -> SafetyHead:
     torch.manual_seed(0)
     head = SafetyHead(width=16, heads=4, levels=4, types=7, pooling=pooling).eval()
-    if head.score is not None:
-        torch.nn.init.normal_(head.score.weight)
+    if head.reader is not None:
+        torch.nn.init.normal_(head.reader.score.weight)
     return head
 
 

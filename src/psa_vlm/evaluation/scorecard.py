@@ -192,9 +192,9 @@ class Scorecard(BaseModel):
             table = Table(title=f"{split}: {SPLITS[split]}", box=box.SIMPLE_HEAD, pad_edge=False)
             table.title_justify = "left"
             table.title_style = "bold"
-            table.add_column("method", no_wrap=True)
+            table.add_column("method", overflow="fold")
             for label in METRICS.values():
-                table.add_column(label.replace(" ", "\n"), justify="right", no_wrap=True)
+                table.add_column(label.replace(" ", "\n"), justify="right", overflow="fold")
             table.add_column("n", justify="right", no_wrap=True)
             for row in self.rows:
                 if row.split == split:

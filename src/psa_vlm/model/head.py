@@ -21,9 +21,11 @@ class SafetyHead(nn.Module):
         heads: attention heads (8 in the paper).
         levels: number of risk levels.
         types: number of risk types, the clean one included.
-        pooling: ``"text"`` weighs every real text position by a learned score, so that the whole
-            text counts and padding never does; ``"first"`` reads the first text position and
-            ignores the mask, as the authors' code does.
+        pooling: ``"text"`` makes the cross-attention a whole transformer block (norms, residual,
+            MLP), so that what a word means beside what it attends to can be told, and weighs
+            every real text position by a learned score, so that the whole text counts and
+            padding never does; ``"first"`` is the bare attention, read at the first text position
+            whatever the mask, as in the authors' code.
     """
 
     def __init__(self, width: int, heads: int, levels: int, types: int, pooling: Pooling) -> None:
@@ -31,10 +33,7 @@ class SafetyHead(nn.Module):
         self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
         self.to_level = nn.Linear(width, levels)
         self.to_type = nn.Linear(width, types)
-        self.score: nn.Linear | None = None
-        if pooling == "text":
-            self.score = nn.Linear(width, 1, bias=False)
-            nn.init.zeros_(self.score.weight)  # starts as the mean over the text
+        self.reader = _Reader(width) if pooling == "text" else None
 
     def forward(
         self, text_embeds: Tensor, text_mask: Tensor, tokens: Tensor, safety_features: Tensor
@@ -55,16 +54,30 @@ class SafetyHead(nn.Module):
         """
         real = text_mask.bool().unsqueeze(-1)  # [B, T, 1]
         tokens = tokens.expand(len(text_embeds), -1, -1)  # [B, K, D]
-        h_scomb = torch.cat([tokens, safety_features], dim=1)  # [B, K+Q, D]
-        attended, weights = self.attention(text_embeds, h_scomb, h_scomb)  # [B,T,D] [B,T,K+Q]
-        pooled = self._pool(attended, real)  # [B, D]
+        h_t, h_scomb = text_embeds, torch.cat([tokens, safety_features], dim=1)  # [B, K+Q, D]
+        if self.reader is not None:
+            h_t, h_scomb = self.reader.text_norm(h_t), self.reader.image_norm(h_scomb)
+        attended, weights = self.attention(h_t, h_scomb, h_scomb)  # [B, T, D], [B, T, K+Q]
+        pooled = attended[:, 0] if self.reader is None else self.reader(h_t + attended, real)
         attention = weights[:, :, tokens.shape[1] :]  # [B, T, Q]
         return self.to_level(pooled), self.to_type(pooled), attention.masked_fill(~real, 0.0)
 
-    def _pool(self, attended: Tensor, real: Tensor) -> Tensor:
-        if self.score is None:
-            return attended[:, 0]  # [B, D]
-        attended = attended.masked_fill(~real, 0.0)  # [B, T, D]
-        scores = self.score(attended).masked_fill(~real, float("-inf"))  # [B, T, 1]
-        pooled: Tensor = (scores.softmax(dim=1) * attended).sum(dim=1)  # [B, D]
-        return pooled
+
+class _Reader(nn.Module):
+    """What ``pooling="text"`` adds to the attention: norms, an MLP, and a learned average."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.text_norm = nn.LayerNorm(width)
+        self.image_norm = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width)
+        )
+        self.score = nn.Linear(width, 1, bias=False)
+        nn.init.zeros_(self.score.weight)  # starts as the mean over the text
+
+    def forward(self, x: Tensor, real: Tensor) -> Tensor:
+        """Pool ``x [B, T, D]`` over the real positions ``[B, T, 1]`` to ``[B, D]``."""
+        x = (x + self.mlp(x)).masked_fill(~real, 0.0)  # [B, T, D]
+        scores = self.score(x).masked_fill(~real, float("-inf"))  # [B, T, 1]
+        return (scores.softmax(dim=1) * x).sum(dim=1)  # [B, D]

@@ -4,7 +4,7 @@ A case is of one of four cells: `risky` (must be refused), `lookalike` (a risky 
 with a question that is fine), `harmless` (a request about a clean scene) and `vqa` (a plain
 question with one right answer). Evaluation has three splits: `compositions` (new scenes), `style`
 (new scenes in an art style that no training saw) and `objects` (new scenes with risky kinds that
-alignment never showed).
+alignment never showed, half of the requests in wordings that it never showed either).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CELLS: tuple[Cell, ...] = get_args(Cell)
 SPLITS: tuple[Split, ...] = get_args(Split)
 
 ALIGNMENT_MIX: dict[Cell, float] = {"risky": 0.35, "lookalike": 0.3, "harmless": 0.2, "vqa": 0.15}
-UNSEEN_WORDINGS = 0.25  # share of evaluation requests in wordings that alignment never showed
+UNSEEN_WORDINGS = 0.5  # share of requests in the split "objects" in wordings new to alignment
 
 # Cell -> (what is asked, setting of the risky thing), each with its weight. "own" and "foreign"
 # are requests in the wording of the thing's own or of another risk type.
@@ -70,7 +70,8 @@ class _Source:
     def evaluation(cls, split: Split) -> _Source:
         styles = world().table["styles"]
         chosen = [styles["held_out"]] if split == "style" else styles["train"]
-        return cls(chosen, split == "objects", True, UNSEEN_WORDINGS)
+        unseen = split == "objects"
+        return cls(chosen, unseen, True, UNSEEN_WORDINGS if unseen else 0.0)
 
     def scene(self, rng: Random, risk: str | None, setting: str = "alone") -> Scene:
         return draw_scene(rng, self.styles, risk, setting, self.unseen_kinds, self.held_out)

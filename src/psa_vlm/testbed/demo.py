@@ -53,6 +53,8 @@ def run_demo(out: Path, seed: int, scale: str) -> Scorecard:
         scale: a name in `SCALES`.
     """
     console, size, started = Console(), SCALES[scale], time.monotonic()
+    if not console.is_terminal:
+        console.width = 100  # a log has no width of its own; the tables need this much
     out.mkdir(parents=True, exist_ok=True)
     seeds = [seed + i for i in range(size.seeds)]
     records: list[Record] = []
