@@ -1,7 +1,8 @@
 """The safety projector g: a C-Abstractor that turns vision features h_o into safety features h_s.
 
 Shape letters: B batch, N image positions, C channels, H x W grid, Q safety queries, Dv vision
-width, D language-model width.
+width, D language-model width. Channels stand last throughout, as the vision features come and the
+language model wants them.
 """
 
 from __future__ import annotations
@@ -17,27 +18,33 @@ NORM_EPS = 1e-5
 SQUEEZE_RATIO = 0.25
 
 
-class LayerNorm2d(nn.LayerNorm):
-    """Layer normalisation over the channels of ``[B, C, H, W]``."""
+class Pointwise(nn.Conv2d):
+    """A 1x1 convolution of ``[..., C]``: a linear layer that keeps a convolution's weights."""
 
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels, eps=NORM_EPS)
+    def __init__(self, inputs: int, outputs: int, bias: bool = True) -> None:
+        super().__init__(inputs, outputs, 1, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.permute(0, 2, 3, 1)  # [B, H, W, C]
-        x = F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
-        return x.permute(0, 3, 1, 2)  # [B, C, H, W]
+        return F.linear(x, self.weight.flatten(1), self.bias)
+
+
+class Depthwise(nn.Conv2d):
+    """A 3x3 convolution of each channel of ``[B, H, W, C]`` by itself; keeps the grid."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 3, padding=1, groups=channels, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # [B, H, W, C]
 
 
 class ConvNorm(nn.Module):
-    """A convolution without bias, then :class:`LayerNorm2d`; keeps the grid."""
+    """A convolution, then layer normalisation over the channels."""
 
-    def __init__(self, inputs: int, outputs: int, kernel: int = 1, groups: int = 1) -> None:
+    def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(
-            inputs, outputs, kernel, padding=kernel // 2, groups=groups, bias=False
-        )
-        self.norm = LayerNorm2d(outputs)
+        self.conv = conv
+        self.norm = nn.LayerNorm(conv.out_channels, eps=NORM_EPS)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.norm(self.conv(x))
@@ -49,13 +56,13 @@ class SqueezeExcite(nn.Module):
 
     def __init__(self, channels: int, reduced: int) -> None:
         super().__init__()
-        self.fc1 = nn.Conv2d(channels, reduced, 1)
-        self.fc2 = nn.Conv2d(reduced, channels, 1)
+        self.fc1 = Pointwise(channels, reduced)
+        self.fc2 = Pointwise(reduced, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        mean = x.mean((2, 3), keepdim=True)  # [B, C, 1, 1]
-        gate: Tensor = self.fc2(F.silu(self.fc1(mean))).sigmoid()  # [B, C, 1, 1]
-        return x * gate  # [B, C, H, W]
+        mean = x.mean((1, 2), keepdim=True)  # [B, 1, 1, C]
+        gate: Tensor = self.fc2(F.silu(self.fc1(mean))).sigmoid()  # [B, 1, 1, C]
+        return x * gate  # [B, H, W, C]
 
 
 class Bottleneck(nn.Module):
@@ -63,17 +70,19 @@ class Bottleneck(nn.Module):
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.conv1 = ConvNorm(inputs, outputs)
-        self.conv2 = ConvNorm(outputs, outputs, kernel=3, groups=outputs)
+        self.conv1 = ConvNorm(Pointwise(inputs, outputs, bias=False))
+        self.conv2 = ConvNorm(Depthwise(outputs))
         self.se = SqueezeExcite(outputs, max(1, round(SQUEEZE_RATIO * inputs)))
-        self.conv3 = ConvNorm(outputs, outputs)
-        self.shortcut = nn.Identity() if inputs == outputs else ConvNorm(inputs, outputs)
+        self.conv3 = ConvNorm(Pointwise(outputs, outputs, bias=False))
+        self.shortcut = (
+            nn.Identity() if inputs == outputs else ConvNorm(Pointwise(inputs, outputs, bias=False))
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.silu(self.conv1(x))  # [B, C, H, W]
-        y = F.silu(self.conv2(y))  # [B, C, H, W]
-        y = self.conv3(self.se(y))  # [B, C, H, W]
-        return F.silu(y + self.shortcut(x))  # [B, C, H, W]
+        y = F.silu(self.conv1(x))  # [B, H, W, C]
+        y = F.silu(self.conv2(y))  # [B, H, W, C]
+        y = self.conv3(self.se(y))  # [B, H, W, C]
+        return F.silu(y + self.shortcut(x))  # [B, H, W, C]
 
 
 class SafetyProjector(nn.Module):
@@ -106,11 +115,11 @@ class SafetyProjector(nn.Module):
     ) -> Tensor:
         """Map ``[B, N, Dv]`` laid out row by row on ``grid`` to ``[B, Q, D]`` on ``queries``."""
         x: Tensor = vision_features.unflatten(1, grid)  # [B, H, W, Dv]
-        x = x.permute(0, 3, 1, 2)  # [B, Dv, H, W]
-        x = self.stage1(x)  # [B, C, H, W]
-        x = F.adaptive_avg_pool2d(x, queries)  # [B, C, Hq, Wq]
-        x = self.stage2(x)  # [B, C, Hq, Wq]
-        x = x.flatten(2).transpose(1, 2)  # [B, Q, C]
+        x = self.stage1(x)  # [B, H, W, C]
+        if queries != grid:
+            x = F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), queries).permute(0, 2, 3, 1)
+        x = self.stage2(x)  # [B, Hq, Wq, C]
+        x = x.flatten(1, 2)  # [B, Q, C]
         for index, layer in enumerate(self.readout):
             x = layer(F.silu(x) if index else x)  # [B, Q, D]
         return x
