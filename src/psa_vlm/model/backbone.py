@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from psa_vlm.errors import CheckpointError, InputError
 from psa_vlm.model.prompts import PromptBuilder
-from psa_vlm.model.tokens import neutralise, safety_token_ids
+from psa_vlm.model.tokens import guard_of, safety_token_ids
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -194,6 +194,10 @@ class Backbone:
         ids: list[int] = self.processor(images=[_blank()], text=[mark])["input_ids"][0]
         return ids.count(self.image_token_id)
 
+    @cached_property
+    def _builder(self) -> PromptBuilder:
+        return PromptBuilder(self.processor, self.image_tokens, self.max_tokens)
+
     # --- the way of a request --------------------------------------------------------------------
 
     @torch.no_grad()
@@ -230,9 +234,7 @@ class Backbone:
         """
         rows = []
         for text in texts:
-            ids: list[int] = self.tokenizer(
-                neutralise(text, self.processor), add_special_tokens=False, verbose=False
-            )["input_ids"]
+            ids = guard_of(self.processor).clean_ids(text)
             if not text.strip() or not ids:
                 raise InputError("the text is empty: say what is asked about the image")
             if len(ids) > self.max_tokens:
@@ -274,8 +276,7 @@ class Backbone:
                 or imitates control tokens in a way that can't be undone.
             CheckpointError: if the chat template does not write one mark for each image.
         """
-        builder = PromptBuilder(self.processor, self.image_tokens, self.max_tokens)
-        inputs = builder.inputs(conversations, image_counts, hints, system, answers)
+        inputs = self._builder.inputs(conversations, image_counts, hints, system, answers)
         return {name: tensor.to(self.device) for name, tensor in inputs.items()}
 
     @torch.no_grad()
@@ -302,8 +303,11 @@ class Backbone:
                 f"the prompts hold {marks / self.image_tokens:g} images but {images} are given"
             )
         encoded = {} if features is None else features.mm_encoder_outputs()
-        config = self.model.generation_config
-        suppressed = {*(config.suppress_tokens or ()), self.image_token_id, *self.safety_token_ids}
+        suppressed = {
+            *(self.model.generation_config.suppress_tokens or ()),
+            *guard_of(self.processor).safety_ids,
+            self.image_token_id,
+        }
         ids = self.model.generate(
             **inputs,
             mm_encoder_outputs=encoded,

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from psa_vlm.errors import CheckpointError, InputError
-from psa_vlm.model.tokens import guard_of, safety_token_ids
+from psa_vlm.model.tokens import guard_of
 
 if TYPE_CHECKING:
     from psa_vlm.data.sample import Turn
+    from psa_vlm.model.tokens import Guard
 
 IGNORED = -100
 """Label of the positions that the loss leaves out."""
+REMEMBERED = 256
+"""Shapes of conversations (roles, images, hint, system prompt) whose control tokens are kept."""
 
 
 class PromptBuilder:
@@ -33,6 +37,7 @@ class PromptBuilder:
         self.tokenizer = processor.tokenizer
         self.image_tokens = image_tokens
         self.max_tokens = max_tokens
+        self._expected = lru_cache(REMEMBERED)(self._count_structure)
 
     def inputs(
         self,
@@ -78,8 +83,8 @@ class PromptBuilder:
         messages = _messages(roles, texts, images, hint, system)
         prompt = self._render(messages, add_generation_prompt=True)
         ids = self._ids(self._expanded(prompt))
-        plain = _messages(roles, ["a"] * len(turns), images, hint, system)
-        self._check(ids, self._ids(self._render(plain, add_generation_prompt=True)), images)
+        if self._expected(guard, tuple(roles), images, hint, system) != guard.structure(ids):
+            raise InputError("the text imitates control tokens and can't be made plain")
         if answer is None:
             return ids, []
         return ids, self._answer_ids(messages, prompt, ids, guard.clean(answer))
@@ -120,19 +125,29 @@ class PromptBuilder:
         )["input_ids"]
         return ids
 
-    def _check(self, ids: list[int], plain: list[int], images: int) -> None:
-        """Compare the control tokens of a prompt with those of the same prompt of plain words."""
-        structural = guard_of(self.processor).structural
+    def _count_structure(
+        self,
+        guard: Guard,
+        roles: tuple[str, ...],
+        images: int,
+        hint: str | None,
+        system: str | None,
+    ) -> Counter[int]:
+        """How often each control token stands in a prompt of plain words.
+
+        Raises:
+            CheckpointError: if the chat template does not write one mark for each image.
+        """
+        messages = _messages(roles, ["a"] * len(roles), images, hint, system)
+        found = guard.structure(self._ids(self._render(messages, add_generation_prompt=True)))
         image = self.processor.image_token_id
-        expected = Counter(id_ for id_ in plain if id_ in structural)
-        if any(expected[id_] != images for id_ in (image, *safety_token_ids(self.tokenizer))):
+        if any(found[id_] != images for id_ in (image, *guard.safety_ids)):
             raise CheckpointError(
-                f"the chat template writes {expected[image]} image marks for {images} images: "
+                f"the chat template writes {found[image]} image marks for {images} images: "
                 "it must write one for each, with the safety tokens before it"
             )
-        expected[image] *= self.image_tokens
-        if +expected != Counter(id_ for id_ in ids if id_ in structural):
-            raise InputError("the text imitates control tokens and can't be made plain")
+        found[image] *= self.image_tokens
+        return +found
 
     def _batch(
         self, rows: list[tuple[list[int], list[int]]], longest: int, training: bool

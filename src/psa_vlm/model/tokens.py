@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import lru_cache
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 TOKEN_STD = 0.02
 BREAKS = ("\u200b", "\u2060", "\u00b7", " ")
 """What may be put inside a forged mark, the least visible first; a tokenizer may drop some."""
+REMEMBERED = 32
+"""Texts of which a guard remembers the outcome: verdict and prompt ask for the same one."""
 _INVISIBLE = {"Cc", "Cf", "Mn", "Me", "Zs", "Zl", "Zp"}
 _SENTINELS = ("qzaqz", "qzbqz", "qzcqz", "qzdqz")
 
@@ -142,6 +145,7 @@ class Guard:
         structural: ids that only the chat template may write.
         marks: the strings behind them, and the plain-text role marks.
         role_ids: the role marks as token ids, in every way that they are spelled.
+        safety_ids: the safety tokens (2), in prompt order.
     """
 
     def __init__(self, processor: Any) -> None:
@@ -161,6 +165,8 @@ class Guard:
         self._pattern = re.compile(f"(?=[{starts}])(?=({marks}))" if folded else r"(?!)")
         spelled = {ids for mark in roles for ids in self._spellings(mark)}
         self.role_ids = [ids for ids in spelled if ids and unknown not in ids]
+        self.safety_ids = safety_token_ids(self.tokenizer)
+        self._plain = lru_cache(REMEMBERED)(self._make_plain)
 
     def clean(self, text: str) -> str:
         """The text with every mark broken.
@@ -168,11 +174,28 @@ class Guard:
         Raises:
             InputError: if a mark cannot be broken for this tokenizer.
         """
+        return self._plain(text)[0]
+
+    def clean_ids(self, text: str) -> list[int]:
+        """Token ids of the cleaned text alone, without a begin mark.
+
+        Raises:
+            InputError: as `clean`.
+        """
+        return list(self._plain(text)[1])
+
+    def structure(self, ids: Iterable[int]) -> Counter[int]:
+        """How often each structural id stands among ``ids``."""
+        return Counter(id_ for id_ in ids if id_ in self.structural)
+
+    def _make_plain(self, text: str) -> tuple[str, tuple[int, ...]]:
+        """A text with every mark broken, and its ids."""
         places = self._places(text)
         for break_ in BREAKS:
             cleaned = _broken(text, places, break_)
-            if self._is_plain(cleaned):
-                return cleaned
+            ids = self._ids(cleaned)
+            if self._is_plain(ids):
+                return cleaned, tuple(ids)
         raise InputError("the text imitates control tokens and can't be made plain: remove them")
 
     def _places(self, text: str) -> dict[int, bool]:
@@ -183,8 +206,7 @@ class Guard:
             for match in self._pattern.finditer(folded)
         }
 
-    def _is_plain(self, text: str) -> bool:
-        ids = self._ids(text)
+    def _is_plain(self, ids: Sequence[int]) -> bool:
         spelled = _as_text(ids)
         forges = any(_as_text(role) in spelled for role in self.role_ids)
         return not forges and self.structural.isdisjoint(ids)
