@@ -1,6 +1,7 @@
 """Draw the README's picture: held-out scenes, and what is said before and after alignment.
 
-Run `make demo` first, then: python examples/before_after.py runs/demo/stage2 docs/images/before-after.png
+After `make demo`:
+  python examples/before_after.py runs/demo/stage2 docs/images/before-after.png
 """
 
 from __future__ import annotations
