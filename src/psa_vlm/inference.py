@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from psa_vlm.data.images import Source, open_images
 from psa_vlm.data.sample import Turn
@@ -166,14 +165,11 @@ class PsaVlm:
                 return []
             texts = [request.text for request in requests for _ in request.rows]
             h_t, mask = self.backbone.embed_text(texts)  # [B, T, D], [B, T]
-            with torch.no_grad():
+            with torch.inference_mode():
                 output = self.bottleneck(features.h_o, h_t, mask, features.grid)
-            grid = self.bottleneck.config.queries or features.grid
+            images = self._image_verdicts(output, self.bottleneck.config.queries or features.grid)
             return [
-                Verdict.from_probs(
-                    [self._image_verdict(output, mask, grid, row) for row in request.rows],
-                    self.taxonomy,
-                )
+                Verdict.from_probs([images[row] for row in request.rows], self.taxonomy)
                 for request in requests
             ]
         except InputError:
@@ -182,18 +178,23 @@ class PsaVlm:
             reason = f"{type(error).__name__}: {error}"
             return [Verdict.failed(reason) for _ in requests]
 
-    def _image_verdict(
-        self, output: BottleneckOutput, mask: Tensor, grid: tuple[int, int], row: int
-    ) -> ImageVerdict:
-        types = output.type_logits[row].double().softmax(-1).tolist()
-        levels = output.level_logits[row].double().softmax(-1).tolist()
-        looked_at = output.attention[row][mask[row].bool()].mean(0)  # [Q]
-        evidence = looked_at / looked_at.max().clamp_min(torch.finfo(looked_at.dtype).tiny)
-        return ImageVerdict(
-            dict(zip(self.taxonomy.types, types, strict=True)),
-            dict(zip(self.taxonomy.levels, levels, strict=True)),
-            evidence.reshape(grid).cpu().numpy(),
-        )
+    def _image_verdicts(
+        self, output: BottleneckOutput, grid: tuple[int, int]
+    ) -> list[ImageVerdict]:
+        """One verdict for each row, all of them fetched from the device together."""
+        looked_at = output.attention.float().sum(1)  # [B, Q]; rows of padding are zero
+        most = looked_at.amax(1, keepdim=True).clamp_min(torch.finfo(looked_at.dtype).tiny)
+        evidence = (looked_at / most).unflatten(1, grid).cpu().numpy()  # [B, H, W]
+        types = output.type_logits.double().softmax(-1).tolist()
+        levels = output.level_logits.double().softmax(-1).tolist()
+        return [
+            ImageVerdict(
+                dict(zip(self.taxonomy.types, type_probs, strict=True)),
+                dict(zip(self.taxonomy.levels, level_probs, strict=True)),
+                where,
+            )
+            for type_probs, level_probs, where in zip(types, levels, evidence, strict=True)
+        ]
 
     # --- the reply -------------------------------------------------------------------------------
 
@@ -300,10 +301,7 @@ class PsaVlm:
         for sources, text, history in zip(images, texts, histories, strict=True):
             if not text.strip():
                 raise InputError("the text is empty: say what is asked about the image")
-            one = not isinstance(sources, Sequence) or isinstance(sources, str | bytes)
-            opened = [
-                frame for source in ([sources] if one else sources) for frame in open_images(source)
-            ]
+            opened = [frame for source in _listed(sources) for frame in open_images(source)]
             requests.append(_Request(opened, (*history, Turn("user", text)), first))
             first += len(opened)
         return requests
@@ -318,3 +316,9 @@ class PsaVlm:
             return self.backbone.encode(images) if images else None
         except Exception as error:
             return error
+
+
+def _listed(images: Images) -> Sequence[Source]:
+    if isinstance(images, Sequence) and not isinstance(images, str | bytes):
+        return images
+    return [images]
