@@ -1,0 +1,86 @@
+"""The benchmarks run and say what they measured; how fast anything is, is not tested."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
+SMALL = {"num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+@pytest.fixture
+def scripts(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
+    """The scripts, with a real-size shape that is small."""
+    monkeypatch.syspath_prepend(FOLDER)
+    found = {name: importlib.import_module(name) for name in ("common", "inference", "stage1")}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "image_size": 28, **SMALL}
+    language = {"hidden_size": 16, "intermediate_size": 16, "num_key_value_heads": 2, **SMALL}
+    monkeypatch.setattr(found["common"], "VISION_7B", found["common"].VISION_7B | vision)
+    monkeypatch.setattr(found["common"], "LANGUAGE_7B", found["common"].LANGUAGE_7B | language)
+    return found
+
+
+def read(path: Path) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads(path.read_text())
+    assert data["machine"]["name"] and data["versions"]["torch"]
+    assert all(one["q25"] <= one["median"] <= one["q75"] for one in data["seconds"].values())
+    for ratio in data["ratios"]:
+        bound = (ratio["at_most"], ratio["at_least"])
+        assert (ratio["met"] is None) == (bound == (None, None))
+    return data
+
+
+@pytest.mark.parametrize("shape", ["testbed", "llava-1.5-7b"])
+def test_inference(scripts: dict[str, ModuleType], shape: str, tmp_path: Path) -> None:
+    options = ["--repeats", "2", "--warmup", "0", "--allow-cpu"]
+    scripts["inference"].main(["--shape", shape, "--json", str(tmp_path / "out.json"), *options])
+    data = read(tmp_path / "out.json")
+    assert data["shape"] == shape and len(data["seconds"]) == 7
+    assert {one["n"] for one in data["seconds"].values()} == {2}
+    facts = data["facts"]
+    assert facts["prompt_tokens"] > facts["image_tokens"] + facts["safety_tokens"]
+
+
+def test_the_three_flows_give_the_same_work(scripts: dict[str, ModuleType]) -> None:
+    """With the safety tokens' rows shared, two passes say what one says; all answers are whole."""
+    shape = scripts["common"].SHAPES["testbed"]
+    plain, ours, two = scripts["inference"].build(shape, torch.device("cpu"))
+    assert ours.backbone.model.model.vision_tower is not plain.model.model.vision_tower
+    shared = {id(weight) for weight in plain.model.parameters()}
+    assert {id(weight) for weight in ours.backbone.model.model.vision_tower.parameters()} <= shared
+    (picture,) = scripts["inference"].evaluation_samples("style", "harmless", 1, 0)[0].images
+    stream = io.BytesIO()
+    shape.write(picture, stream)
+    reply = ours.reply(stream.getvalue(), "what is this?", max_new_tokens=8)
+    assert reply.text == two.reply(stream.getvalue(), "what is this?", 8)
+    assert reply.decision.action == "allow"
+
+
+def test_stage1(scripts: dict[str, ModuleType], tmp_path: Path) -> None:
+    settings = ("concepts.epochs=2", "concepts.hidden=8", "concepts.depth=1")
+    options = [word for setting in settings for word in ("--set", setting)]
+    options += ["--samples", "3", "--repeats", "1", "--json", str(tmp_path / "out.json")]
+    scripts["stage1"].main(options)
+    data = read(tmp_path / "out.json")
+    assert data["seconds"].keys() == {"encode", "train", "cached", "joint"}
+    assert data["facts"]["samples"] == 3 and data["facts"]["epochs"] == 2
+    assert data["facts"]["paper_scale_seconds"].keys() == {"cached", "joint"}
+
+
+def test_the_real_size_needs_cuda(
+    scripts: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for name in ("inference", "stage1"):
+        with pytest.raises(SystemExit) as stopped:
+            scripts[name].main(["--shape", "llava-1.5-7b"])
+        assert stopped.value.code == 2
+        assert "needs a CUDA device" in capsys.readouterr().err.splitlines()[-1]
