@@ -116,6 +116,7 @@ def fit(task: Task, rows: Dataset[Any], collate: Any, schedule: Schedule, work: 
     if not len(rows):  # type: ignore[arg-type]
         raise DataError("no samples to train on")
     if schedule.epochs == 0:
+        task.eval()
         return []
     cpu = not torch.cuda.is_available()
     arguments = TrainingArguments(
