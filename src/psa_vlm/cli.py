@@ -222,7 +222,7 @@ def build_base(
     out: Annotated[Path, typer.Argument(help="Folder for the checkpoint.")] = Path("runs/base"),
     encoder_steps: Annotated[int, typer.Option(help="Batches for the vision encoder.")] = 1300,
     dialogue_steps: Annotated[int, typer.Option(help="Batches for the dialogues.")] = 2000,
-    conversation_steps: Annotated[int, typer.Option(help="Batches for conversations.")] = 1100,
+    conversation_steps: Annotated[int, typer.Option(help="Batches for conversations.")] = 940,
     seed: Annotated[int, typer.Option(help="Of weights and data.")] = 0,
 ) -> None:
     """Train the base model from nothing (under two hours on two cores) and measure the premise."""

@@ -29,8 +29,6 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerFast,
-    Trainer,
-    TrainingArguments,
 )
 
 from psa_vlm.policy.policy import Policy
@@ -38,6 +36,8 @@ from psa_vlm.taxonomy import Taxonomy
 from psa_vlm.testbed import dialogues
 from psa_vlm.testbed.scenes import SIGN, SIZE, Scene, draw_scene, render
 from psa_vlm.testbed.world import ASK, Kind, world
+from psa_vlm.training.config import Schedule
+from psa_vlm.training.fit import Task, Work, fit
 
 PATCH = 12  # pixels
 GRID = SIZE // PATCH
@@ -197,7 +197,7 @@ def patch_labels(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     return kinds.reshape(-1), sorts.reshape(-1)
 
 
-class PatchTagger(nn.Module):
+class PatchTagger(Task):
     """The vision encoder with two linear heads that name every patch."""
 
     def __init__(self, encoder: CLIPVisionModel) -> None:
@@ -381,29 +381,32 @@ class DialogueBatches:
         return batch
 
 
+class Talker(Task):
+    """The language-model loss of the whole model, with what is frozen left out of checkpoints."""
+
+    def __init__(self, model: LlavaForConditionalGeneration) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        pixel_values: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Args: input_ids, attention_mask, labels [B, L]; pixel_values [B, 3, S, S] or None."""
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            labels=labels,
+            pixel_values=pixel_values,
+            use_cache=False,
+        )
+        return {"loss": output.loss}
+
+
 # --- build ---------------------------------------------------------------------------------------
-
-
-def _train(model: nn.Module, data: Batches, folder: Path, learning_rate: float, seed: int) -> None:
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=1,  # an item is a whole batch
-        num_train_epochs=1,
-        learning_rate=learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=100,
-        weight_decay=0.01,
-        logging_steps=50,
-        save_steps=250,
-        save_total_limit=1,
-        seed=seed,
-        report_to=[],
-        remove_unused_columns=False,
-        use_cpu=not torch.cuda.is_available(),
-    )
-    trainer = Trainer(model, arguments, train_dataset=data, data_collator=lambda items: items[0])
-    resume = any(folder.glob("checkpoint-*"))
-    trainer.train(resume_from_checkpoint=resume or None)
 
 
 def build_base(
@@ -423,29 +426,34 @@ def build_base(
     torch.manual_seed(seed)
     processor = build_processor()
     model = build_model(processor.tokenizer)
-    model.config.use_cache = False
     work = out / "work"
     tower = model.model.vision_tower
     data = Batches(encoder_steps, seed, _tagging_batch)
     _step(PatchTagger(tower), tower, data, work / "encoder", 1e-3, seed)
     tower.requires_grad_(False)
     data = Batches(dialogue_steps, seed + 1, DialogueBatches(processor, conversations=0.0))
-    _step(model, model, data, work / "dialogues", 1.5e-3, seed)
+    _step(Talker(model), model, data, work / "dialogues", 1.5e-3, seed)
     tower.requires_grad_(True)
     data = Batches(conversation_steps, seed + 2, DialogueBatches(processor, conversations=0.7))
-    _step(model, model, data, work / "conversations", 7e-4, seed)
-    model.config.use_cache = True
+    _step(Talker(model), model, data, work / "conversations", 7e-4, seed)
     model.save_pretrained(out)
     processor.save_pretrained(out)
     return out
 
 
-def _step(
-    trained: nn.Module, kept: nn.Module, data: Batches, work: Path, rate: float, seed: int
-) -> None:
+def _step(task: Task, kept: nn.Module, data: Batches, work: Path, rate: float, seed: int) -> None:
     """Train, or take what an earlier call has trained; `kept` is what later steps build on."""
     weights = work.with_suffix(".safetensors")
     if not weights.exists():
-        _train(trained, data, work, rate, seed)
+        schedule = Schedule(
+            epochs=1,
+            batch_size=1,  # an item is a whole batch
+            learning_rate=rate,
+            warmup_steps=100,
+            weight_decay=0.01,
+            log_every=50,
+            checkpoint_every=250,
+        )
+        fit(task, data, lambda items: items[0], schedule, Work(work, seed, report_to=()))
         save_model(kept, str(weights))
     load_model(kept, str(weights))
