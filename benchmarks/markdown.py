@@ -11,6 +11,8 @@ from psa_vlm.evaluation.scorecard import (
     METHODS,
     METRICS,
     SPLITS,
+    Metric,
+    Row,
     Scorecard,
     format_ci,
     format_value,
@@ -25,16 +27,15 @@ def main(path: str) -> None:
         print("|---|" + "---|" * (len(METRICS) + 1))
         for row in card.rows:
             if row.split == split:
-                cells = [
-                    f"{format_value(metric, row.value(metric))} {_in_brackets(format_ci(row, metric))}"
-                    for metric in METRICS
-                ]
+                cells = [_cell(row, metric) for metric in METRICS]
                 print(f"| {METHODS[row.method]} | {' | '.join(cells)} | {row.n:,} |")
     print(f"\nSeed {card.seed}, commit {card.commit}, {card.seconds:,.0f} s.")
 
 
-def _in_brackets(interval: str) -> str:
-    return f"({interval})" if interval else ""
+def _cell(row: Row, metric: Metric) -> str:
+    interval = format_ci(row, metric)
+    value = format_value(metric, row.value(metric))
+    return f"{value} ({interval})" if interval else value
 
 
 if __name__ == "__main__":

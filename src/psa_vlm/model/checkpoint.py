@@ -15,6 +15,7 @@ import errno
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -187,7 +188,9 @@ def _load_adapter(backbone: Backbone, folder: Path) -> PeftModel:
     """Put a saved LoRA into the backbone's layers, merged so that it costs nothing to run."""
     from peft import PeftModel
 
-    adapter = PeftModel.from_pretrained(backbone.model, str(folder))
+    with warnings.catch_warnings():  # of an attribute that transformers renamed
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        adapter = PeftModel.from_pretrained(backbone.model, str(folder))
     adapter.merge_adapter()
     adapter.requires_grad_(False)
     return adapter.eval()
