@@ -126,12 +126,12 @@ def _configs(out: Path, seed: int) -> tuple[Stage1Config, Stage2Config]:
     first = load(
         assets / "stage1.yaml",
         Stage1Config,
-        [f"backbone={base_path()}", f"out={out / 'stage1'}", f"seed={seed}"],
+        [f"backbone={base_path()}", "data=[]", f"out={out / 'stage1'}", f"seed={seed}"],
     )
     second = load(
         assets / "stage2.yaml",
         Stage2Config,
-        [f"model={out / 'stage1'}", f"out={out / 'stage2'}", f"seed={seed}"],
+        [f"model={out / 'stage1'}", "data=[]", f"out={out / 'stage2'}", f"seed={seed}"],
     )
     return first, second
 

@@ -127,7 +127,8 @@ def describe(rng: Random, scene: Scene, question: str | None = None) -> Exchange
     """A plain question about what is to be seen, and its right answer."""
     if question is None:
         usable = [q for q in QUESTIONS if q != "read" or scene.sign]
-        question = rng.choice([*usable, "caption", "caption"])  # the hardest, so the most practised
+        hard = ["caption", "exists", "count", "place"]  # so they are practised the most
+        question = rng.choice([*usable, *hard])
     return QUESTIONS[question](rng, scene)
 
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import ProgressCallback, Trainer, TrainingArguments
 
 from psa_vlm.errors import CheckpointError, DataError, MissingExtra
 from psa_vlm.training import processes
@@ -85,6 +85,23 @@ class Rows(Dataset[T]):
         return self.rows[index]
 
 
+class _Bar(ProgressCallback):
+    """Trainer's progress bar, with the loss in it instead of a dictionary below it."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description(self.name)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3g}")
+
+
 def check_extras(report_to: Sequence[str]) -> None:
     """See that what training needs is installed.
 
@@ -147,6 +164,8 @@ def fit(task: Task, rows: Dataset[Any], collate: Any, schedule: Schedule, work: 
     trainer = Trainer(
         task, arguments, train_dataset=rows, data_collator=collate, callbacks=[MarkComplete()]
     )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(_Bar(work.folder.name))
     try:
         trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
     except SAVE_ERRORS as error:
