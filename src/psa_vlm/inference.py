@@ -147,6 +147,7 @@ class PsaVlm:
         """
         return self.assess_batch([images], [text])[0]
 
+    @torch.inference_mode()
     def assess_batch(self, images: Sequence[Images], texts: Sequence[str]) -> list[Verdict]:
         """`assess` for many requests in one vision pass."""
         requests = self._requests(images, texts)
@@ -165,8 +166,7 @@ class PsaVlm:
                 return []
             texts = [request.text for request in requests for _ in request.rows]
             h_t, mask = self.backbone.embed_text(texts)  # [B, T, D], [B, T]
-            with torch.inference_mode():
-                output = self.bottleneck(features.h_o, h_t, mask, features.grid)
+            output = self.bottleneck(features.h_o, h_t, mask, features.grid)
             images = self._image_verdicts(output, self.bottleneck.config.queries or features.grid)
             return [
                 Verdict.from_probs([images[row] for row in request.rows], self.taxonomy)
@@ -224,6 +224,7 @@ class PsaVlm:
         """
         return self.reply_batch([images], [text], policy, concepts, [history], max_new_tokens)[0]
 
+    @torch.inference_mode()
     def reply_batch(
         self,
         images: Sequence[Images],

@@ -176,7 +176,7 @@ class Backbone:
         """D, width of the language model."""
         return int(self.model.config.get_text_config().hidden_size)
 
-    @property
+    @cached_property
     def max_tokens(self) -> int:
         """Longest prompt that the language model can read."""
         config = self.model.config.get_text_config()
@@ -242,10 +242,11 @@ class Backbone:
                     f"the text is {len(ids):,} tokens long and the model reads "
                     f"{self.max_tokens:,}: shorten it"
                 )
-            rows.append(torch.tensor(ids, device=self.device))
-        ids_ = pad_sequence(rows, batch_first=True)  # [B, T]
-        lengths = torch.tensor([len(row) for row in rows], device=self.device)  # [B]
-        mask = torch.arange(ids_.shape[1], device=self.device) < lengths[:, None]  # [B, T]
+            rows.append(torch.tensor(ids))
+        device = self.device
+        ids_ = pad_sequence(rows, batch_first=True).to(device)  # [B, T]
+        mask = pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in rows], True)
+        mask = mask.to(device)  # [B, T]
         embeds: Tensor = self.model.get_input_embeddings()(ids_)  # [B, T, D]
         return embeds.masked_fill(~mask[..., None], 0.0), mask
 
@@ -277,7 +278,8 @@ class Backbone:
             CheckpointError: if the chat template does not write one mark for each image.
         """
         inputs = self._builder.inputs(conversations, image_counts, hints, system, answers)
-        return {name: tensor.to(self.device) for name, tensor in inputs.items()}
+        device = self.device
+        return {name: tensor.to(device) for name, tensor in inputs.items()}
 
     @torch.no_grad()
     def generate(

@@ -82,12 +82,13 @@ class PromptBuilder:
         roles, texts = [turn.role for turn in turns], [guard.clean(turn.text) for turn in turns]
         messages = _messages(roles, texts, images, hint, system)
         prompt = self._render(messages, add_generation_prompt=True)
-        ids = self._ids(self._expanded(prompt))
+        ids = self._ids(prompt)
         if self._expected(guard, tuple(roles), images, hint, system) != guard.structure(ids):
             raise InputError("the text imitates control tokens and can't be made plain")
+        expanded = self._expanded(ids)
         if answer is None:
-            return ids, []
-        return ids, self._answer_ids(messages, prompt, ids, guard.clean(answer))
+            return expanded, []
+        return expanded, self._answer_ids(messages, prompt, ids, guard.clean(answer))
 
     def _answer_ids(
         self, messages: list[dict[str, Any]], prompt: str, prompt_ids: list[int], answer: str
@@ -102,7 +103,7 @@ class PromptBuilder:
         tail = whole[len(prompt) :]
         if end not in tail:  # a template for inference alone may leave it out
             tail = tail.rstrip() + end
-        ids = self._ids(self._expanded(prompt + tail))
+        ids = self._ids(prompt + tail)
         if ids[: len(prompt_ids)] == prompt_ids:
             return ids[len(prompt_ids) :]
         return self._ids(tail, add_special_tokens=False)  # the joint text would merge over the seam
@@ -113,9 +114,10 @@ class PromptBuilder:
         )
         return text
 
-    def _expanded(self, prompt: str) -> str:
-        mark: str = self.processor.image_token
-        return prompt.replace(mark, mark * self.image_tokens)
+    def _expanded(self, ids: list[int]) -> list[int]:
+        """Ids with each image mark as often as an image has positions."""
+        image, width = self.processor.image_token_id, self.image_tokens
+        return [id_ for one in ids for id_ in ([one] * width if one == image else [one])]
 
     def _ids(self, text: str, add_special_tokens: bool = True) -> list[int]:
         begin = self.tokenizer.bos_token
@@ -146,8 +148,7 @@ class PromptBuilder:
                 f"the chat template writes {found[image]} image marks for {images} images: "
                 "it must write one for each, with the safety tokens before it"
             )
-        found[image] *= self.image_tokens
-        return +found
+        return found
 
     def _batch(
         self, rows: list[tuple[list[int], list[int]]], longest: int, training: bool
