@@ -38,7 +38,7 @@ class Scale:
     seeds: int
 
 
-SCALES = {"small": Scale(1000, 100, 1), "full": Scale(1000, 667, 3)}
+SCALES = {"small": Scale(2000, 100, 1), "full": Scale(2000, 667, 3)}
 EXAMPLES = 6
 
 
