@@ -149,6 +149,13 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--shape", choices=SHAPES, default="testbed")
     parser.add_argument("--json", type=Path, metavar="FILE", help="default: a file in results/")
     parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change the shape's configuration of stage I",
+    )
+    parser.add_argument(
         "--allow-cpu", action="store_true", help="run llava-1.5-7b without CUDA, for hours"
     )
     return parser

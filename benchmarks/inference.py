@@ -34,7 +34,7 @@ from psa_vlm import Backbone, Policy, PsaVlm, SafetyBottleneck, Taxonomy, Turn
 from psa_vlm.model.bottleneck import BottleneckConfig
 from psa_vlm.model.tokens import add_safety_tokens
 from psa_vlm.testbed.cases import evaluation_samples
-from psa_vlm.training.config import ConceptsConfig
+from psa_vlm.training.config import ConceptsConfig, Stage1Config
 
 TOKENS = 32
 PADDED = 1024
@@ -129,11 +129,12 @@ def bottleneck_for(backbone: Backbone, config: ConceptsConfig, **changes: Any) -
     return bottleneck.to(backbone.device)
 
 
-def build(shape: Shape, device: torch.device) -> tuple[Plain, PsaVlm, TwoPasses]:
+def build(
+    shape: Shape, device: torch.device, config: Stage1Config
+) -> tuple[Plain, PsaVlm, TwoPasses]:
     """The three rivals, on the same weights."""
     torch.manual_seed(0)
     model, processor = shape.base(device)
-    config = shape.config()
     backbone = Backbone(twin(model), copy.deepcopy(processor))
     add_safety_tokens(backbone, config.tokens.count)
     ours = PsaVlm(backbone, bottleneck_for(backbone, config.concepts))
@@ -154,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     device = device_for(parser, options)
     shape = SHAPES[options.shape]
-    plain, ours, two = build(shape, device)
+    plain, ours, two = build(shape, device, shape.config(*options.set))
     (sample,) = evaluation_samples("compositions", "harmless", 1, 0)
     stream = io.BytesIO()
     shape.write(sample.images[0], stream)

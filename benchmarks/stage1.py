@@ -175,9 +175,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, help="to measure with (256; 512 at 7B)")
     parser.add_argument("--repeats", type=int, default=3, help="rounds (3)")
     parser.add_argument("--full", action="store_true", help="run the cached way on all 14,000")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="change the configuration"
-    )
     options = parser.parse_args(argv)
     device_for(parser, options)
     shape, measured = SHAPES[options.shape], options.samples or MEASURED[options.shape]

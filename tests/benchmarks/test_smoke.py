@@ -52,7 +52,7 @@ def test_inference(scripts: dict[str, ModuleType], shape: str, tmp_path: Path) -
 def test_the_three_flows_give_the_same_work(scripts: dict[str, ModuleType]) -> None:
     """With the safety tokens' rows shared, two passes say what one says; all answers are whole."""
     shape = scripts["common"].SHAPES["testbed"]
-    plain, ours, two = scripts["inference"].build(shape, torch.device("cpu"))
+    plain, ours, two = scripts["inference"].build(shape, torch.device("cpu"), shape.config())
     assert ours.backbone.model.model.vision_tower is not plain.model.model.vision_tower
     shared = {id(weight) for weight in plain.model.parameters()}
     assert {id(weight) for weight in ours.backbone.model.model.vision_tower.parameters()} <= shared
