@@ -10,12 +10,12 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from psa_vlm.errors import PolicyError
-from psa_vlm.taxonomy import Taxonomy
 
+from psa_vlm.errors import PolicyError
 from psa_vlm.model.verdict import ImageVerdict, Verdict
 from psa_vlm.policy import VERDICT_ERROR, Policy
 from psa_vlm.policy.policy import SEVERITY
+from psa_vlm.taxonomy import Taxonomy
 
 TAXONOMY = Taxonomy.default()
 DEFAULT = Policy.default()

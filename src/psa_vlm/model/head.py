@@ -80,4 +80,5 @@ class _Reader(nn.Module):
         """Pool ``x [B, T, D]`` over the real positions ``[B, T, 1]`` to ``[B, D]``."""
         x = (x + self.mlp(x)).masked_fill(~real, 0.0)  # [B, T, D]
         scores = self.score(x).masked_fill(~real, float("-inf"))  # [B, T, 1]
-        return (scores.softmax(dim=1) * x).sum(dim=1)  # [B, D]
+        pooled: Tensor = (scores.softmax(dim=1) * x).sum(dim=1)  # [B, D]
+        return pooled

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from importlib.resources import files
 from io import BytesIO
@@ -61,7 +62,7 @@ def render_atlases(noto_font: Path, twemoji: Path, fluent: Path, out: Path) -> l
         if not path.exists():
             raise InputError(f"{path}: emoji originals not found; give the folder of the package")
     font = ImageFont.truetype(str(noto_font), NOTO_SIZE)
-    draw = {
+    draw: dict[str, Callable[[Kind], Image.Image]] = {
         "noto": lambda kind: _noto(kind, font),
         "twemoji": lambda kind: _svg(twemoji / f"{kind.codepoint}.svg"),
         "fluent": lambda kind: _svg(fluent / f"{kind.fluent}.svg"),
