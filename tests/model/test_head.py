@@ -24,6 +24,14 @@ def inputs(batch: int = 2, text: int = 5) -> tuple[Tensor, Tensor, Tensor, Tenso
     return h_t, torch.ones(batch, text), tokens, h_s
 
 
+def attend(head: SafetyHead, h_t: Tensor, tokens: Tensor, h_s: Tensor) -> tuple[Tensor, Tensor]:
+    """Attended vectors and weights, tokens (1) included, of a head that pools over the text."""
+    assert head.reader is not None
+    keys = head.reader.image_norm(torch.cat([tokens.expand(len(h_t), -1, -1), h_s], dim=1))
+    attended: tuple[Tensor, Tensor] = head.attention(head.reader.text_norm(h_t), keys, keys)
+    return attended
+
+
 def test_first_reads_the_first_position_and_ignores_the_mask() -> None:
     head = head_of("first")
     h_t, mask, tokens, h_s = inputs()
@@ -39,7 +47,7 @@ def test_text_reads_every_real_position() -> None:
     level, _, _ = head(h_t, mask, tokens, h_s)
     for position in range(h_t.shape[1]):
         changed = h_t.clone()
-        changed[:, position] += 2.0
+        changed[:, position] *= -1.0
         assert not torch.allclose(head(changed, mask, tokens, h_s)[0], level, atol=1e-4)
 
 
@@ -77,8 +85,7 @@ def test_attention_goes_from_text_to_image_positions() -> None:
     h_t, mask, tokens, h_s = inputs()
     attention = head(h_t, mask, tokens, h_s)[2]
     assert attention.shape == (2, 5, 6)
-    keys = torch.cat([tokens.expand(2, -1, -1), h_s], dim=1)
-    whole = head.attention(h_t, keys, keys)[1]
+    whole = attend(head, h_t, tokens, h_s)[1]
     torch.testing.assert_close(whole.sum(-1), torch.ones(2, 5))
     torch.testing.assert_close(attention, whole[..., 3:])
 
@@ -87,6 +94,7 @@ def test_text_pooling_starts_as_the_mean() -> None:
     torch.manual_seed(0)
     head = SafetyHead(width=16, heads=4, levels=4, types=7, pooling="text").eval()
     h_t, mask, tokens, h_s = inputs()
-    keys = torch.cat([tokens.expand(2, -1, -1), h_s], dim=1)
-    mean = head.attention(h_t, keys, keys)[0].mean(1)
+    assert head.reader is not None
+    read = head.reader.text_norm(h_t) + attend(head, h_t, tokens, h_s)[0]
+    mean = (read + head.reader.mlp(read)).mean(1)
     torch.testing.assert_close(head(h_t, mask, tokens, h_s)[0], head.to_level(mean))
