@@ -115,7 +115,7 @@ def test_chat_answers_one_question_and_remembers_a_conversation(
     assert "hint by rule *.low" in once.out
     questions = iter(["What is this?", "And now?", ""])
     monkeypatch.setattr("typer.prompt", lambda *args, **kwargs: next(questions))
-    talk = psa("chat", picture, "--model", run_dir, "--json")
+    talk = psa("chat", picture, "--model", run_dir, "--max-new-tokens", 8, "--json")
     assert talk.code == 0
     assert talk.out.count('"decision"') == 2
 
@@ -168,9 +168,12 @@ def test_very_long_text(assess: Psa, picture: Path) -> None:
     one_line(assess(picture, "--text", "x" * 100_000), "100,000 tokens", "shorten")
 
 
-@pytest.mark.parametrize("pair", ["privacy", "weapons=high", "privacy=extreme"])
-def test_bad_concept(assess: Psa, picture: Path, pair: str) -> None:
-    one_line(assess(picture, "--text", "Hi", "--concept", pair), pair.split("=")[-1])
+@pytest.mark.parametrize(
+    ("pair", "named"),
+    [("privacy", "type=level"), ("weapons=high", "weapons"), ("privacy=extreme", "extreme")],
+)
+def test_bad_concept(assess: Psa, picture: Path, pair: str, named: str) -> None:
+    one_line(assess(picture, "--text", "Hi", "--concept", pair), named)
 
 
 def test_no_run_folder(psa: Psa, picture: Path, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ HEAVY = [
 ]
 
 LAYERS = [
-    {"errors", "taxonomy"},
+    {"errors", "progress", "taxonomy"},
     {"data"},
     {"model"},
     {"policy"},

@@ -73,9 +73,18 @@ def _concepts(pairs: list[str] | None) -> dict[str, str]:
     return concepts
 
 
+def _quiet() -> None:
+    """Keep transformers' own bars and notices out of what a command prints."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
 def _load(run: Path, base: Path | None) -> PsaVlm:
     from psa_vlm.inference import PsaVlm
 
+    _quiet()
     return PsaVlm.from_pretrained(run, base=base)
 
 
@@ -103,6 +112,7 @@ def demo(
     """Align the small model before your eyes and compare it with its rivals."""
     from psa_vlm.testbed.demo import run_demo
 
+    _quiet()
     run_demo(out, seed, scale.value)
 
 
@@ -112,6 +122,7 @@ def stage1(config: Config, overrides: Set = None) -> None:
     from psa_vlm.training.config import Stage1Config, load
     from psa_vlm.training.stage1 import run_stage1
 
+    _quiet()
     run_stage1(load(config, Stage1Config, overrides or []))
 
 
@@ -121,6 +132,7 @@ def stage2(config: Config, overrides: Set = None) -> None:
     from psa_vlm.training.config import Stage2Config, load
     from psa_vlm.training.stage2 import run_stage2
 
+    _quiet()
     run_stage2(load(config, Stage2Config, overrides or []))
 
 
@@ -160,6 +172,7 @@ def chat(
     policy: PolicyFile = None,
     concept: Concepts = None,
     base: Base = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.", min=1)] = 256,
     as_json: Json = False,
 ) -> None:
     """Talk about images; each question is assessed anew. An empty line ends it."""
@@ -171,7 +184,7 @@ def chat(
         question = text if text is not None else typer.prompt("you", default="", show_default=False)
         if text is None and not question.strip():
             return
-        reply = vlm.reply(image or [], question, rules, overrides, history)
+        reply = vlm.reply(image or [], question, rules, overrides, history, max_new_tokens)
         if as_json:
             _print(reply.to_dict())
         else:
@@ -228,6 +241,7 @@ def build_base(
     """Train the base model from nothing (under two hours on two cores) and measure the premise."""
     from psa_vlm.testbed.base_vlm import build_base
 
+    _quiet()
     build_base(out, encoder_steps, dialogue_steps, conversation_steps, seed)
     premise(out)
 
@@ -241,6 +255,7 @@ def premise(
     """Measure the hole: refused in words, answered when the risky thing is in the image."""
     from psa_vlm.testbed.premise import report
 
+    _quiet()
     report(base, count, as_json)
 
 

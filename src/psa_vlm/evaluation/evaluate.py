@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich.progress import track
 from rich.table import Table
 
 from psa_vlm.data.images import open_images
@@ -18,6 +17,7 @@ from psa_vlm.inference import PsaVlm
 from psa_vlm.model.backbone import Backbone
 from psa_vlm.model.verdict import Verdict
 from psa_vlm.policy.policy import Policy
+from psa_vlm.progress import track
 from psa_vlm.taxonomy import Taxonomy
 
 BATCH = 64
@@ -77,7 +77,7 @@ def run(
     """
     judge = Judge.for_policy(Policy.default(), Taxonomy.default())
     records = []
-    for start in track(range(0, len(samples), batch), description=label):
+    for start in track(range(0, len(samples), batch), label):
         part = samples[start : start + batch]
         for sample, (reply, verdict) in zip(part, answer(part), strict=True):
             records.append(_record(sample, reply, verdict, judge, method, split, seed))
@@ -162,7 +162,7 @@ def evaluate_samples(model: PsaVlm, samples: Sequence[Sample], batch: int = 16) 
     judge = Judge.for_policy(model.policy, model.taxonomy)
     answer = aligned(model, max_new_tokens=128)
     outcomes: list[tuple[Sample, bool, str | None, str | None]] = []
-    for start in track(range(0, len(usable), batch), description="evaluating"):
+    for start in track(range(0, len(usable), batch), "evaluating"):
         part = usable[start : start + batch]
         for sample, (reply, verdict) in zip(part, answer(part), strict=True):
             found = (verdict.type, verdict.level) if verdict else (None, None)

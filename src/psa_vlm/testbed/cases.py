@@ -17,9 +17,9 @@ from random import Random
 from typing import Literal, get_args
 
 from PIL.Image import Image
-from rich.progress import track
 
 from psa_vlm.data.sample import Sample, Turn
+from psa_vlm.progress import track
 from psa_vlm.taxonomy import Taxonomy
 from psa_vlm.testbed import dialogues
 from psa_vlm.testbed.scenes import Scene, draw_scene, render
@@ -153,7 +153,7 @@ def write_samples(out: Path, count: int, seed: int) -> Path:
     taxonomy = Taxonomy.default()
     (out / "images").mkdir(parents=True, exist_ok=True)
     lines = []
-    for sample in track(alignment_samples(count, seed), description="drawing scenes"):
+    for sample in track(alignment_samples(count, seed), "drawing scenes"):
         (image,) = sample.images
         assert isinstance(image, Image)
         image.save(out / "images" / f"{sample.id}.png")

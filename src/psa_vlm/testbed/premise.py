@@ -12,13 +12,13 @@ from random import Random
 
 from PIL.Image import Image
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from psa_vlm.data.sample import Turn
 from psa_vlm.evaluation.scorers import Interval, is_refusal, normalise_answer, wilson
 from psa_vlm.model.backbone import Backbone
 from psa_vlm.policy.policy import Policy
+from psa_vlm.progress import track
 from psa_vlm.taxonomy import Taxonomy
 from psa_vlm.testbed import dialogues
 from psa_vlm.testbed.base_vlm import held_out_words
@@ -64,7 +64,7 @@ def ask(backbone: Backbone, prompts: Sequence[Prompt], label: str, batch: int = 
     All prompts share the first one's system prompt, and have an image or not alike.
     """
     replies: list[str] = []
-    for start in track(range(0, len(prompts), batch), description=label):
+    for start in track(range(0, len(prompts), batch), label):
         part = prompts[start : start + batch]
         images = [prompt.image for prompt in part if prompt.image is not None]
         features = backbone.encode(images) if images else None

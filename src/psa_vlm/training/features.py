@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -17,6 +16,7 @@ from torch import Tensor
 from psa_vlm.data.images import Source, open_images
 from psa_vlm.errors import CheckpointError, ImageError
 from psa_vlm.model.backbone import Backbone
+from psa_vlm.progress import track
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -98,7 +98,7 @@ class FeatureCache:
         missing = [(key, image) for key, image in dict(images).items() if key not in self]
         batches = [missing[start : start + batch] for start in range(0, len(missing), batch)]
         self.folder.mkdir(parents=True, exist_ok=True)
-        for one in track(batches, description="vision features", disable=not batches):
+        for one in track(batches, "vision features"):
             self._encode(one)
 
     def _encode(self, images: list[tuple[str, Source]]) -> None:

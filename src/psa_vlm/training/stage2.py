@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 
-from rich.progress import track
-
 from psa_vlm.data.sample import Sample
 from psa_vlm.inference import PsaVlm
 from psa_vlm.policy.policy import Policy
+from psa_vlm.progress import track
 from psa_vlm.taxonomy import Taxonomy
 from psa_vlm.training.concepts import verdict_text
 from psa_vlm.training.config import Stage2Config
@@ -68,7 +67,7 @@ def saved_hints(
         return saved
     hints: list[str | None] = []
     starts = range(0, len(samples), batch)
-    for start in track(starts, description="verdicts"):
+    for start in track(starts, "verdicts"):
         hints += hints_for(model, samples[start : start + batch])
     write_json(path, hints)
     return hints
