@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import ProgressCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
 from psa_vlm.errors import CheckpointError, DataError, MissingExtra
 from psa_vlm.training import processes
@@ -164,7 +164,8 @@ def fit(task: Task, rows: Dataset[Any], collate: Any, schedule: Schedule, work: 
     trainer = Trainer(
         task, arguments, train_dataset=rows, data_collator=collate, callbacks=[MarkComplete()]
     )
-    trainer.remove_callback(ProgressCallback)
+    for theirs in (PrinterCallback, ProgressCallback):  # whichever Trainer chose
+        trainer.remove_callback(theirs)
     trainer.add_callback(_Bar(work.folder.name))
     try:
         trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
