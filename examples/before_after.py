@@ -38,7 +38,7 @@ def main(run: Path, out: Path) -> None:
         image = reply.verdict.images[0]
         axis.imshow(sample.images[0], interpolation="bicubic")
         axis.axis("off")
-        axis.set_title(f"“{sample.question}”", fontsize=12, weight="bold")
+        axis.set_title(f"“{sample.question}”", fontsize=10.5, weight="bold")
         sure = f"{image.type_probs[image.type]:.0%}, {image.level_probs[image.level]:.0%}"
         lines = (
             (f"before: {before}", "#a3302a"),
