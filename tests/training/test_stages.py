@@ -18,9 +18,10 @@ from psa_vlm.policy.policy import Policy
 from psa_vlm.taxonomy import Taxonomy
 from psa_vlm.training import runs, stage2
 from psa_vlm.training.config import DataFile, Stage1Config, Stage2Config
+from psa_vlm.training.hints import hints_for
 from psa_vlm.training.runs import Run, fingerprint, read_samples, write_json
 from psa_vlm.training.stage1 import run_stage1
-from psa_vlm.training.stage2 import hints_for, run_stage2, withhold
+from psa_vlm.training.stage2 import run_stage2, withhold
 
 
 @pytest.fixture(scope="module")

@@ -145,17 +145,23 @@ def _with_adapter(backbone: Backbone, config: PeftConfig) -> PeftModel:
 
 
 def train_tokens(
-    backbone: Backbone, samples: Sequence[Sample], config: TokensConfig, work: Work
+    backbone: Backbone,
+    samples: Sequence[Sample],
+    config: TokensConfig,
+    work: Work,
+    hints: Sequence[str | None] | None = None,
 ) -> History:
     """Add the safety tokens (2) and train their embedding rows; every other weight stays as it is.
 
-    The prompts hold no hints (paper: stage I).
+    The prompts hold the hints that inference will use: without them, the tokens would learn to
+    refuse whatever is asked.
 
     Args:
         backbone: changed in place.
         samples: answered.
         config: `count` 0 adds nothing and trains nothing.
         work: where checkpoints go.
+        hints: one for each sample; None is none at all (paper: stage I).
 
     Raises:
         DataError: samples without answer, which it counts.
@@ -164,7 +170,7 @@ def train_tokens(
     """
     from peft import TrainableTokensConfig
 
-    rows = dialogues(samples)
+    rows = dialogues(samples, hints)
     if config.count == 0:
         return []
     ids = add_safety_tokens(backbone, config.count, work.seed)

@@ -11,8 +11,9 @@ from psa_vlm.policy.policy import Policy
 from psa_vlm.taxonomy import Taxonomy
 from psa_vlm.training.concepts import check_labelled, train_concepts
 from psa_vlm.training.config import Stage1Config
+from psa_vlm.training.hints import saved_hints
 from psa_vlm.training.language import dialogues, train_tokens
-from psa_vlm.training.processes import device
+from psa_vlm.training.processes import device, main_first
 from psa_vlm.training.runs import Run, backbone_dtype, read_samples
 
 
@@ -43,7 +44,12 @@ def run_stage1(config: Stage1Config, samples: Sequence[Sample] | None = None) ->
     bottleneck, concepts = train_concepts(
         backbone, taxonomy, samples, config.concepts, run.work("concepts")
     )
-    tokens = train_tokens(backbone, samples, config.tokens, run.work("tokens"))
     model = PsaVlm(backbone, bottleneck, taxonomy, policy)
+    work = run.work("tokens")
+    with main_first():
+        hints = saved_hints(
+            work.folder / "hints.json", model, samples, config.concepts.encode_batch
+        )
+    tokens = train_tokens(backbone, samples, config.tokens, work, hints)
     run.finish(model, {"concepts": concepts, "tokens": tokens})
     return model
