@@ -14,7 +14,7 @@ from typing import Any
 from transformers import Trainer
 
 from psa_vlm.model import checkpoint
-from psa_vlm.training import concepts, features, language, runs, stage2
+from psa_vlm.training import concepts, features, hints, language, runs
 from psa_vlm.training.checkpoints import MarkComplete
 
 
@@ -57,7 +57,7 @@ MOMENTS: dict[str, Callable[[], None]] = {
     "all checkpoints written": lambda: at(Trainer, "_finalize_training"),
     "before the tokens": lambda: at(language, "add_safety_tokens"),
     "in the tokens": lambda: at(language._Answers, "forward", 3),
-    "hints half written": lambda: at(stage2, "write_json", 1, half_json),
+    "hints half written": lambda: at(hints, "write_json", 1, half_json),
     "run half written": lambda: at(checkpoint, "_sync"),
     "work not deleted": lambda: at(runs.Run, "clean"),
 }
