@@ -14,7 +14,7 @@ from rich.console import Console
 from psa_vlm.data.sample import Sample
 from psa_vlm.evaluation.evaluate import AnswerFn, aligned, run, unaligned
 from psa_vlm.evaluation.report import Curve, Example, Reliability, write_report
-from psa_vlm.evaluation.scorecard import Method, Record, Scorecard
+from psa_vlm.evaluation.scorecard import Method, Record, Scorecard, git_commit
 from psa_vlm.inference import PsaVlm
 from psa_vlm.model.backbone import Backbone
 from psa_vlm.testbed.cases import CELLS, SPLITS, Split, alignment_samples, evaluation_samples
@@ -90,8 +90,8 @@ def evaluate_run(model: PsaVlm, per_cell: int, seed: int) -> Scorecard:
 
 
 def _run_seed(out: Path, seed: int, size: Scale) -> list[Record]:
-    """All methods with one seed; the records are kept in `out/records.jsonl`."""
-    done = out / "records.jsonl"
+    """All methods with one seed; the records are kept in `out`, by the size and the code."""
+    done = out / f"records-{size.alignment}-{size.per_cell}-{git_commit()}.jsonl"
     if done.exists():
         lines = done.read_text(encoding="utf-8").splitlines()
         return [Record(**json.loads(line)) for line in lines]
