@@ -108,6 +108,7 @@ def test_check_same_tells_taxonomies_apart() -> None:
         ("types: [a, b]\nlevels: [off, on]\nclean: b\n", "False in levels is not a name"),
         ("types: [a.b, '*']\nlevels: [x, y]\nclean: b\n", "'a.b' in types is not a name"),
         ("types: [a, b\n", "not valid YAML"),
+        ("types: [a, b]\ntypes: [a, c]\n", "the key 'types' is given twice"),
         ("", "needs exactly the keys"),
     ],
 )

@@ -233,16 +233,15 @@ def evaluate(
 @testbed_app.command("build-base")
 def build_base(
     out: Annotated[Path, typer.Argument(help="Folder for the checkpoint.")] = Path("runs/base"),
-    encoder_steps: Annotated[int, typer.Option(help="Batches for the vision encoder.")] = 1300,
-    dialogue_steps: Annotated[int, typer.Option(help="Batches for the dialogues.")] = 2000,
-    conversation_steps: Annotated[int, typer.Option(help="Batches for conversations.")] = 940,
+    encoder_steps: Annotated[int, typer.Option(help="Batches for the vision encoder.")] = 1400,
+    dialogue_steps: Annotated[int, typer.Option(help="Batches for the dialogues.")] = 1300,
     seed: Annotated[int, typer.Option(help="Of weights and data.")] = 0,
 ) -> None:
     """Train the base model from nothing (under two hours on two cores) and measure the premise."""
     from psa_vlm.testbed.base_vlm import build_base
 
     _quiet()
-    build_base(out, encoder_steps, dialogue_steps, conversation_steps, seed)
+    build_base(out, encoder_steps, dialogue_steps, seed)
     premise(out)
 
 

@@ -148,17 +148,13 @@ class Taxonomy:
         Raises:
             ConfigError: the file is missing, is not YAML, or describes no taxonomy.
         """
-        import yaml
+        from psa_vlm.strict_yaml import read_yaml
 
+        data = read_yaml(path)
         try:
-            return cls.from_dict(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
+            return cls.from_dict(data)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-        except (UnicodeDecodeError, yaml.YAMLError) as error:
-            reason = " ".join(str(error).split())
-            raise ConfigError(f"{path}: not valid YAML ({reason})") from None
 
 
 def _index(value: str | int, names: tuple[str, ...], kind: str) -> int:

@@ -14,6 +14,7 @@ import torch
 from psa_vlm.errors import CheckpointError, TaxonomyMismatch
 from psa_vlm.inference import PsaVlm
 from psa_vlm.model import checkpoint
+from psa_vlm.model.backbone import Backbone
 from psa_vlm.taxonomy import Taxonomy
 
 
@@ -83,6 +84,19 @@ def test_a_base_model_that_moved_can_be_given(run: Path, llava_dir: Path, tmp_pa
     with pytest.raises(CheckpointError, match=r"gone.*give its new place"):
         PsaVlm.from_pretrained(run)
     PsaVlm.from_pretrained(run, base=llava_dir)
+
+
+def test_a_base_model_with_other_weights_is_refused(
+    run: Path, llava_dir: Path, tmp_path: Path
+) -> None:
+    other = Backbone.from_pretrained(llava_dir)
+    for weight in other.model.parameters():
+        weight.data += 0.01
+    other.model.save_pretrained(tmp_path / "other")
+    other.processor.save_pretrained(tmp_path / "other")
+    with pytest.raises(CheckpointError, match="trained on a base model with other weights"):
+        PsaVlm.from_pretrained(run, base=tmp_path / "other")
+    PsaVlm.from_pretrained(run, base=llava_dir, dtype=torch.bfloat16)  # the same, less exact
 
 
 @pytest.mark.parametrize("step", ["weights", "manifest"])

@@ -137,6 +137,7 @@ def test_what_is_wrong_is_named(path: Path, override: str, line: str) -> None:
     [
         ("[1]", "must hold the keys out, data"),
         ("out: [", "not valid YAML"),
+        ("out: a\nout: b", "the key 'out' is given twice"),
         ("out: runs/a", "the key 'backbone' is missing"),
         ("", "must hold the keys"),
     ],

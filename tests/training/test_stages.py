@@ -78,10 +78,13 @@ def test_another_configuration_needs_another_folder(
     with pytest.raises(ConfigError, match="with other samples"):
         run_stage1(config, samples[:-1])
     begun = config.model_copy(update={"out": tmp_path / "begun"})
-    Run(1, begun, samples)
-    Run(1, begun, samples)
+    weights = [aligned.bottleneck]
+    Run(1, begun, samples, weights)
+    Run(1, begun, samples, weights)
     with pytest.raises(ConfigError, match=r"begun\.work: holds a run with other seed"):
-        Run(1, begun.model_copy(update={"seed": 1}), samples)
+        Run(1, begun.model_copy(update={"seed": 1}), samples, weights)
+    with pytest.raises(ConfigError, match="with other weights"):
+        Run(1, begun, samples, [torch.nn.Linear(2, 2)])
 
 
 def test_a_folder_of_other_things_is_left_alone(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from psa_vlm.errors import CheckpointError, InputError
+from psa_vlm.model.probe import probe
 from psa_vlm.model.prompts import PromptBuilder
 from psa_vlm.model.tokens import guard_of, safety_token_ids
 
@@ -99,6 +100,7 @@ class Backbone:
         tokenizer: the processor's.
         spec: the facts of its family.
         source: the folder or hub id that it was loaded from.
+        probe: some of its weights before anything is added, to know it again.
 
     Raises:
         CheckpointError: if the family is unknown, or the processor has no chat template.
@@ -108,6 +110,7 @@ class Backbone:
         self.source = source
         self.spec = spec_for(model.config.model_type)
         self.model = model.eval().requires_grad_(False)
+        self.probe = probe(model)
         self.processor = processor
         self.tokenizer = processor.tokenizer
         if not isinstance(processor.chat_template, str):

@@ -1,7 +1,7 @@
 """A run on disk: everything that was trained, written so that a crash never leaves half of it.
 
 Layout of a run folder:
-    psa.json                    format, base model, sizes, taxonomy hash
+    psa.json                    format, base model with a probe of its weights, sizes, taxonomy hash
     taxonomy.yaml               the words of the verdict
     bottleneck.safetensors      safety projector, safety tokens (1), safety head
     safety_tokens.safetensors   safety tokens (2): `rows` [K, D] of the embedding
@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from psa_vlm.errors import CheckpointError
 from psa_vlm.model.backbone import Backbone
 from psa_vlm.model.bottleneck import BottleneckConfig, SafetyBottleneck
+from psa_vlm.model.probe import same_weights
 from psa_vlm.model.tokens import add_safety_tokens
 from psa_vlm.taxonomy import Taxonomy
 
@@ -101,6 +102,7 @@ def save(out: Path, parts: Parts, extra: Callable[[Path], None] = lambda folder:
     manifest = {
         "format": FORMAT,
         "base": str(backbone.source),
+        "base_probe": backbone.probe,
         "bottleneck": asdict(parts.bottleneck.config),
         "safety_tokens": len(ids),
         "taxonomy": parts.taxonomy.hash,
@@ -168,6 +170,11 @@ def load(
         backbone = Backbone.from_pretrained(base or manifest["base"], dtype=dtype, device=device)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; if the base model moved, give its new place") from error
+    if not same_weights(backbone.probe, manifest["base_probe"]):
+        raise CheckpointError(
+            f"{folder}: was trained on a base model with other weights than {backbone.source};"
+            " give the place of the right one, or train again"
+        )
     try:
         bottleneck = SafetyBottleneck(BottleneckConfig(**manifest["bottleneck"]))
         bottleneck.load_state_dict(load_file(folder / "bottleneck.safetensors"))

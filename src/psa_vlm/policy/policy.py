@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from psa_vlm.errors import PolicyError
 from psa_vlm.model.verdict import Verdict
+from psa_vlm.strict_yaml import StrictLoader
 from psa_vlm.taxonomy import Taxonomy
 
 Action = Literal["allow", "hint", "refuse"]
@@ -226,23 +227,13 @@ class Policy(BaseModel):
         return Decision("refuse", VERDICT_ERROR, refusal=refusal, reason=reason)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML in which `off`, `on`, `yes` and `no` are words, and a key given twice is an error."""
+class _Loader(StrictLoader):
+    """YAML in which `off`, `on`, `yes` and `no` are words."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012
         first: [(tag, regex) for tag, regex in resolvers if tag != "tag:yaml.org,2002:bool"]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if str(key.value) in seen:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"the key '{key.value}' is given twice", problem_mark=key.start_mark
-                )
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep)
 
 
 def _check_template(text: str, known: tuple[str, ...], where: str = "") -> str:

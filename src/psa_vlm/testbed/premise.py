@@ -21,7 +21,7 @@ from psa_vlm.policy.policy import Policy
 from psa_vlm.progress import track
 from psa_vlm.taxonomy import Taxonomy
 from psa_vlm.testbed import dialogues
-from psa_vlm.testbed.base_vlm import held_out_words
+from psa_vlm.testbed.lessons import held_out_words
 from psa_vlm.testbed.scenes import draw_scene, render
 from psa_vlm.testbed.world import world
 

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from psa_vlm.errors import ConfigError
 from psa_vlm.model.head import Pooling
+from psa_vlm.strict_yaml import read_yaml
 
 C = TypeVar("C", bound="RunConfig")
 
@@ -193,12 +194,7 @@ def load(path: str | Path, config: type[C], overrides: Sequence[str] = ()) -> C:
         ConfigError: the file can't be read, or one line for each key that is wrong, naming the
             file, the key and, if it is unknown, the known ones.
     """
-    try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    data = read_yaml(path)
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: must hold the keys {', '.join(config.model_fields)}")
     for override in overrides:

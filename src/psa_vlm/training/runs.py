@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from psa_vlm.data.readers import read
 from psa_vlm.data.sample import Sample
 from psa_vlm.errors import CheckpointError, ConfigError
+from psa_vlm.model.probe import probe
 from psa_vlm.taxonomy import Taxonomy
 from psa_vlm.training.config import RunConfig, changes
 from psa_vlm.training.features import image_key
@@ -46,13 +48,16 @@ class Run:
         stage: 1 or 2.
         config: what the run is told.
         samples: what it is trained on.
+        start: what it starts from.
 
     Raises:
         ConfigError: `out`, or its work folder, holds something else.
         MissingExtra: a package for training is not installed.
     """
 
-    def __init__(self, stage: int, config: RunConfig, samples: Sequence[Sample]) -> None:
+    def __init__(
+        self, stage: int, config: RunConfig, samples: Sequence[Sample], start: Sequence[nn.Module]
+    ) -> None:
         check_extras(config.report_to)
         self.out = config.out
         self.folder = config.out.with_name(f"{config.out.name}.work")
@@ -60,6 +65,7 @@ class Run:
         self.record = {
             "stage": stage,
             "samples": fingerprint(samples),
+            "weights": [probe(model) for model in start],
             **config.model_dump(mode="json", exclude={"out", "data"}),
         }
         self.finished = self._is_ours(self.out)

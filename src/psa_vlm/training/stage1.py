@@ -36,11 +36,11 @@ def run_stage1(config: Stage1Config, samples: Sequence[Sample] | None = None) ->
     check_labelled(samples)
     dialogues(samples)  # what is missing shows before anything is trained
     dtype = backbone_dtype(config)
-    run = Run(1, config, samples)
+    backbone = Backbone.from_pretrained(config.backbone, dtype, device())
+    run = Run(1, config, samples, [backbone.model])
     if run.finished:
         run.clean()
         return PsaVlm.from_pretrained(run.out, config.backbone, taxonomy, dtype, device())
-    backbone = Backbone.from_pretrained(config.backbone, dtype, device())
     bottleneck, concepts = train_concepts(
         backbone, taxonomy, samples, config.concepts, run.work("concepts")
     )

@@ -35,11 +35,11 @@ def run_stage2(config: Stage2Config, samples: Sequence[Sample] | None = None) ->
     if samples is None:
         samples = read_samples(config, Taxonomy.from_yaml(config.model / "taxonomy.yaml"))
     dialogues(samples)  # what is missing shows before anything is loaded
-    run = Run(2, config, samples)
+    model = PsaVlm.from_pretrained(config.model, dtype=dtype, device=device())
+    run = Run(2, config, samples, [model.backbone.model, model.bottleneck])
     if run.finished:
         run.clean()
         return PsaVlm.from_pretrained(run.out, dtype=dtype, device=device())
-    model = PsaVlm.from_pretrained(config.model, dtype=dtype, device=device())
     if config.policy:
         model.policy = Policy.from_yaml(config.policy)
         model.policy.check(model.taxonomy)
