@@ -49,7 +49,7 @@ def test_tags_stand_where_the_things_are() -> None:
 
 
 def test_every_tag_has_a_class() -> None:
-    tags = tagging_batch(Random(2), 32)["tags"]
+    tags = tagging_batch(Random(2), scenes=32)["tags"]
     assert (tags.amax((0, 1)) < torch.tensor(tag_sizes())).all()
 
 
@@ -94,5 +94,5 @@ def test_no_risky_image_is_refused_in_training() -> None:
 
 
 def test_batches_are_the_same_for_the_same_seed() -> None:
-    one, two = tagging_batch(Random(3), 4), tagging_batch(Random(3), 4)
+    one, two = tagging_batch(Random(3), 0.5, 4), tagging_batch(Random(3), 0.5, 4)
     assert all(torch.equal(one[name], two[name]) for name in one)

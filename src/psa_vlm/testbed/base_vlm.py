@@ -1,14 +1,15 @@
 """The testbed's base model: a standard LLaVA that was safety-aligned in words only.
 
-Two steps, both on `transformers.Trainer` and resumable: the vision encoder learns to tag what each
-patch shows; then the projector and the language model learn to talk about what a frozen encoder
-sees (with text-only safety, and with hints in words and beside harmless images). No risky image is
-ever refused.
+Three steps, all on `transformers.Trainer` and resumable: the vision encoder learns to tag what each
+patch shows; it goes on with scenes in other palettes, so that an art style matters less; then the
+projector and the language model learn to talk about what the frozen encoder sees (with text-only
+safety, and with hints in words and beside harmless images). No risky image is ever refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +201,9 @@ class Talker(Task):
 # --- build ---------------------------------------------------------------------------------------
 
 
-def build_base(out: Path, encoder_steps: int, dialogue_steps: int, seed: int = 0) -> Path:
+def build_base(
+    out: Path, encoder_steps: int, palette_steps: int, dialogue_steps: int, seed: int = 0
+) -> Path:
     """Train the base model from nothing and save it as a plain Hugging Face checkpoint.
 
     Every step keeps checkpoints under `out/work`; the same call goes on where it was stopped.
@@ -208,7 +211,8 @@ def build_base(out: Path, encoder_steps: int, dialogue_steps: int, seed: int = 0
     Args:
         out: folder for the checkpoint.
         encoder_steps: batches of 64 scenes for the vision encoder.
-        dialogue_steps: batches of 32 scenes, or of text alone, with 8 dialogues each.
+        palette_steps: the same with half of the scenes in other palettes.
+        dialogue_steps: batches of 24 scenes, or of text alone, with 8 dialogues each.
         seed: of weights and data.
     """
     torch.manual_seed(seed)
@@ -216,10 +220,13 @@ def build_base(out: Path, encoder_steps: int, dialogue_steps: int, seed: int = 0
     model = build_model(processor.tokenizer)
     work = out / "work"
     tower = model.model.vision_tower
+    tagger = PatchTagger(tower)
     lessons = Lessons(encoder_steps, seed, tagging_batch)
-    _step(PatchTagger(tower), tower, lessons, work / "encoder", 1e-3, seed)
+    _step(tagger, tagger, lessons, work / "encoder", 1e-3, seed)
+    lessons = Lessons(palette_steps, seed + 1, partial(tagging_batch, repaint=0.5))
+    _step(tagger, tagger, lessons, work / "palettes", 1e-3, seed)
     tower.requires_grad_(False)
-    lessons = Lessons(dialogue_steps, seed + 1, DialogueBatches(processor))
+    lessons = Lessons(dialogue_steps, seed + 2, DialogueBatches(processor))
     _step(Talker(model), model, lessons, work / "dialogues", 1.5e-3, seed)
     model.save_pretrained(out)
     processor.save_pretrained(out)

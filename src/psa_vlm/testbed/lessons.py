@@ -91,11 +91,31 @@ def patch_tags(scene: Scene) -> np.ndarray:
     return tags.reshape(-1, 5)
 
 
-def tagging_batch(rng: Random, scenes: int = 64) -> dict[str, Tensor]:
-    """`pixel_values [B, 3, SIZE, SIZE]` and `tags [B, N, 5]` of freshly drawn scenes."""
+def repainted(image: np.ndarray, rng: Random) -> np.ndarray:
+    """The same drawing in another palette, so that shapes count: [3, SIZE, SIZE] float32."""
+    mix = np.array([[rng.expovariate(1) for _ in range(3)] for _ in range(3)])
+    share = rng.uniform(0, 0.7)
+    matrix = (1 - share) * np.eye(3) + share * mix / mix.sum(1, keepdims=True)
+    gain = np.array([[[rng.uniform(0.7, 1.2)]] for _ in range(3)])
+    shift = np.array([[[rng.uniform(-0.2, 0.2)]] for _ in range(3)])
+    painted: np.ndarray = np.einsum("ij,jhw->ihw", matrix, image) * gain + shift
+    return painted.astype(np.float32)
+
+
+def tagging_batch(rng: Random, repaint: float = 0.0, scenes: int = 64) -> dict[str, Tensor]:
+    """`pixel_values [B, 3, SIZE, SIZE]` and `tags [B, N, 5]` of freshly drawn scenes.
+
+    Args:
+        rng: source of all choices.
+        repaint: share of scenes in another palette.
+        scenes: B.
+    """
     drawn = [any_scene(rng) for _ in range(scenes)]
+    images = [pixels(scene) for scene in drawn]
+    if repaint:
+        images = [repainted(one, rng) if rng.random() < repaint else one for one in images]
     return {
-        "pixel_values": torch.from_numpy(np.stack([pixels(scene) for scene in drawn])),
+        "pixel_values": torch.from_numpy(np.stack(images)),
         "tags": torch.from_numpy(np.stack([patch_tags(scene) for scene in drawn])),
     }
 
@@ -175,7 +195,7 @@ class DialogueBatches:
     """
 
     def __init__(
-        self, processor: LlavaProcessor, images: float = 0.8, rows: int = 32, talks: int = 8
+        self, processor: LlavaProcessor, images: float = 0.8, rows: int = 24, talks: int = 8
     ) -> None:
         self.tokenizer = processor.tokenizer
         self.template = processor.chat_template
