@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -116,7 +117,9 @@ def _methods(out: Path, seed: int, samples: list[Sample]) -> Iterator[tuple[Meth
     yield "stage1", aligned(run_stage1(first, samples))
     yield "stage2", aligned(run_stage2(second, samples))
     # The rival: the same LoRA on the same dialogues, without bottleneck, tokens and hints.
-    adapter, _ = train_lora(base, dialogues(samples), second.lora, Work(out / "lora.work", seed))
+    work = Work(out / "lora.work", seed)
+    adapter, _ = train_lora(base, dialogues(samples), second.lora, work)
+    shutil.rmtree(work.folder)
     adapter.merge_adapter()
     yield "lora", unaligned(base)
 
