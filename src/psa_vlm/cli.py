@@ -235,7 +235,7 @@ def build_base(
     out: Annotated[Path, typer.Argument(help="Folder for the checkpoint.")] = Path("runs/base"),
     encoder_steps: Annotated[int, typer.Option(help="Batches for the vision encoder.")] = 1400,
     palette_steps: Annotated[int, typer.Option(help="Then batches in other palettes.")] = 1000,
-    dialogue_steps: Annotated[int, typer.Option(help="Batches for the dialogues.")] = 1400,
+    dialogue_steps: Annotated[int, typer.Option(help="Batches for the dialogues.")] = 1000,
     seed: Annotated[int, typer.Option(help="Of weights and data.")] = 0,
 ) -> None:
     """Train the base model from nothing (under two hours on two cores) and measure the premise."""

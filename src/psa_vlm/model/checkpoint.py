@@ -170,12 +170,12 @@ def load(
         backbone = Backbone.from_pretrained(base or manifest["base"], dtype=dtype, device=device)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; if the base model moved, give its new place") from error
-    if not same_weights(backbone.probe, manifest["base_probe"]):
-        raise CheckpointError(
-            f"{folder}: was trained on a base model with other weights than {backbone.source};"
-            " give the place of the right one, or train again"
-        )
     try:
+        if not same_weights(backbone.probe, manifest["base_probe"]):
+            raise CheckpointError(
+                f"{folder}: was trained on a base model with other weights than {backbone.source};"
+                " give the place of the right one, or train again"
+            )
         bottleneck = SafetyBottleneck(BottleneckConfig(**manifest["bottleneck"]))
         bottleneck.load_state_dict(load_file(folder / "bottleneck.safetensors"))
         rows = load_file(folder / "safety_tokens.safetensors")["rows"]

@@ -187,15 +187,25 @@ class PatchTagger(Task):
 
 
 class Talker(Task):
-    """The language-model loss of the whole model."""
+    """The language-model loss, and one that gives a projected patch the embedding of its word.
+
+    Where a patch is close to the word for what it shows, "is there a boat" is a comparison that
+    the language model can learn once for all things, instead of for each.
+    """
 
     def __init__(self, model: LlavaForConditionalGeneration) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, **batch: Tensor) -> dict[str, Tensor]:
+    def forward(self, words: Tensor | None = None, **batch: Tensor) -> dict[str, Tensor]:
         """Args: what `DialogueBatches` makes."""
-        return {"loss": self.model(**batch, use_cache=False).loss}
+        output = self.model(**batch, use_cache=False)
+        loss = output.loss
+        if words is not None:
+            patches = output.image_hidden_states.flatten(0, -2)  # [B * N, D]
+            logits = patches @ self.model.get_input_embeddings().weight.T
+            loss = loss + nn.functional.cross_entropy(logits, words.flatten())
+        return {"loss": loss}
 
 
 # --- build ---------------------------------------------------------------------------------------
