@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -98,7 +99,7 @@ def id_of(tokenizer: Any, token: str) -> int:
     return found
 
 
-# --- videos, which no test shows ------------------------------------------------------------------
+# --- where torchvision is missing, stand-ins for what needs it and no test uses ------------------
 
 HAS_VIDEOS = find_spec("torchvision") is not None
 
@@ -473,8 +474,8 @@ def randomised(model: Any) -> Any:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def no_videos() -> Iterator[None]:
-    """A stand-in for video processors, which need torchvision; no test shows a video."""
+def without_torchvision() -> Iterator[None]:
+    """Processors load without their video processor, and Pixtral's without its fast twin."""
     if HAS_VIDEOS:
         yield
         return
@@ -486,12 +487,20 @@ def no_videos() -> Iterator[None]:
         patch.setitem(sys.modules, "no_videos", SimpleNamespace(NoVideos=NoVideos))  # type: ignore
         module = processing_utils.transformers_module
         patch.setattr(module, "VideoProcessorMixin", NoVideos, raising=False)
+        pixtral = import_module("transformers.models.pixtral")
+        slow = import_module("transformers.models.pixtral.image_processing_pil_pixtral")
+        patch.setitem(sys.modules, "transformers.models.pixtral.image_processing_pixtral", slow)
+        processing = import_module("transformers.models.pixtral.processing_pixtral")
+        for owner in (pixtral, module, import_module("transformers")):
+            patch.setattr(owner, "PixtralProcessor", processing.PixtralProcessor, raising=False)
         yield
 
 
 @pytest.fixture(scope="module", params=list(SPECS))
 def family_dir(
-    request: pytest.FixtureRequest, no_videos: None, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    without_torchvision: None,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     """The checkpoint folder of one family after the other."""
     from transformers import AutoModelForImageTextToText

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,14 +18,25 @@ from PIL import Image
 from psa_vlm.data.sample import Sample, Turn
 from psa_vlm.inference import PsaVlm
 from psa_vlm.model.backbone import Backbone
+from psa_vlm.model.bottleneck import BottleneckConfig, SafetyBottleneck
 from psa_vlm.model.families import SPECS
 from psa_vlm.model.tokens import add_safety_tokens
-from psa_vlm.training.config import ConceptsConfig, LoraConfig, Stage1Config, Stage2Config, TokensConfig
+from psa_vlm.training.config import (
+    ConceptsConfig,
+    LoraConfig,
+    Stage1Config,
+    Stage2Config,
+    TokensConfig,
+)
 from psa_vlm.training.stage1 import run_stage1
 from psa_vlm.training.stage2 import run_stage2
 
 SIZES = ((64, 40), (40, 72), (50, 50))
 """Width and height: wide, tall and square."""
+WANTED = {"input_ids", "attention_mask"}.union(
+    *((*spec.image_inputs, *spec.token_types) for spec in SPECS.values())
+)
+"""What of a processor's output goes to a model."""
 
 
 def picture(seed: int) -> Image.Image:
@@ -73,10 +85,12 @@ def processed(
         )
     rest = iter(images)
     groups = [[next(rest) for _ in range(n)] for n in counts]
-    inputs = processor(
-        images=groups, text=texts, padding=True, padding_side="left", return_tensors="pt"
-    )
-    return dict(inputs)
+    with warnings.catch_warnings():  # PaliGemma's also makes labels, as NumPy does not like
+        warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)
+        inputs = processor(
+            images=groups, text=texts, padding=True, padding_side="left", return_tensors="pt"
+        )
+    return {name: value for name, value in inputs.items() if name in WANTED}
 
 
 # --- the way of a request ------------------------------------------------------------------------
@@ -97,26 +111,17 @@ def test_requests_are_those_of_plain_transformers(backbone: Backbone, counts: li
     assert len(calls) == 1
     for name in inputs:
         assert torch.equal(inputs[name], plain[name]), name
-    accepted = {name: plain[name] for name in plain if name in model_inputs(backbone)}
     with torch.no_grad():
-        expected = backbone.model(**accepted).logits
+        expected = backbone.model(**plain).logits
         suppressed = [backbone.image_token_id, *backbone.safety_token_ids]
         ids = backbone.model.generate(
-            **accepted, max_new_tokens=4, do_sample=False, suppress_tokens=suppressed
+            **plain, max_new_tokens=4, do_sample=False, suppress_tokens=suppressed
         )
     real = inputs["attention_mask"].bool()
     torch.testing.assert_close(got[real], expected[real], atol=1e-4, rtol=1e-4)
     new = ids[:, inputs["input_ids"].shape[1] :]
     texts = backbone.tokenizer.batch_decode(new, skip_special_tokens=True)
     assert answers == [text.strip() for text in texts]
-
-
-def model_inputs(backbone: Backbone) -> set[str]:
-    """What plain transformers gives to the model."""
-    return {
-        "input_ids", "attention_mask", "pixel_values", "image_sizes", "image_grid_thw",
-        "mm_token_type_ids", "token_type_ids", "pixel_attention_mask", "batch_num_images",
-    }
 
 
 def test_images_and_words_matter(backbone: Backbone) -> None:
@@ -175,6 +180,27 @@ def test_features_lie_as_the_image_does(backbone: Backbone, size: tuple[int, int
         assert max(quarters) > 1.5 * sorted(quarters)[-2]
 
 
+def test_images_of_any_size_are_assessed_together(backbone: Backbone) -> None:
+    sizes = {"hidden": 16, "tokens": 4, "heads": 4, "depth": 1}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        bottleneck = SafetyBottleneck(
+            BottleneckConfig(backbone.vision_width, backbone.text_width, **sizes)
+        )
+    model = PsaVlm(backbone, bottleneck)
+    images, texts = [picture(i) for i in range(4)], ["What?", "What is it?", "?", "Is it?"]
+    together = model.assess_batch(images, texts)
+    for image, text, verdict in zip(images, texts, together, strict=True):
+        (alone,), (one,) = model.assess(image, text).images, verdict.images
+        assert one.type_probs == pytest.approx(alone.type_probs, abs=1e-4)
+        assert one.level_probs == pytest.approx(alone.level_probs, abs=1e-4)
+        assert one.evidence is not None and alone.evidence is not None
+        assert one.evidence.shape == tuple(backbone.encode([image]).maps[0].shape[:2])
+        np.testing.assert_allclose(one.evidence, alone.evidence, atol=1e-3)
+    several = model.assess([images[0], images[1]], "What?")
+    assert several.error is None and len(several.images) == 2
+
+
 # --- adapting ------------------------------------------------------------------------------------
 
 
@@ -215,7 +241,9 @@ def test_both_stages_learn_and_change_only_what_they_may(
     )
     run_stage1(first, samples)
     second = Stage2Config(
-        model=first.out, out=tmp_path / "second", lora=LoraConfig(r=2, alpha=4, dropout=0.0, **steps)
+        model=first.out,
+        out=tmp_path / "second",
+        lora=LoraConfig(r=2, alpha=4, dropout=0.0, **steps),
     )
     trained = run_stage2(second, samples)
     for out in (first.out, second.out):
@@ -236,7 +264,9 @@ def test_both_stages_learn_and_change_only_what_they_may(
     assert two.adapter is not None
     two.adapter.unmerge_adapter()
     rows = list(one.backbone.safety_token_ids)
-    state = {name.replace("base_layer.", ""): w for name, w in two.backbone.model.state_dict().items()}
+    state = {
+        name.replace("base_layer.", ""): w for name, w in two.backbone.model.state_dict().items()
+    }
     for name, weight in one.backbone.model.state_dict().items():
         torch.testing.assert_close(state[name], weight, atol=1e-5, rtol=1e-5)
     embeddings = base.model.get_input_embeddings().weight

@@ -65,7 +65,9 @@ class ImageFeatures:
         """The features of some of the images, in the order of ``indices``."""
         picked = dict(self.projected)
         h_i = picked.pop("pooler_output")
-        picked = {name: [[one[i] for i in indices] for one in all_] for name, all_ in picked.items()}
+        picked = {
+            name: [[one[i] for i in indices] for one in all_] for name, all_ in picked.items()
+        }
         picked["pooler_output"] = [h_i[i] for i in indices]
         return ImageFeatures(
             tuple(self.maps[i] for i in indices),
@@ -141,7 +143,7 @@ class Backbone:
             model: Any = AutoModelForImageTextToText.from_pretrained(
                 path, dtype="auto" if dtype is None else dtype, use_safetensors=True
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, ImportError) as error:  # some processors need torchvision
             reason = str(error).strip().splitlines()[0]
             raise CheckpointError(
                 f"can't load a vision-language model from {path}: {reason}"

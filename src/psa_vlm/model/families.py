@@ -41,8 +41,7 @@ def first_of_equal_crops(
     seen: Tensor, inputs: Mapping[str, Any], positions: Sequence[int], config: Any
 ) -> list[Tensor]:
     """Square crops ``[C, N, Dv]``, each as long in the prompt; an image's first is all of it."""
-    counts = _equal_crops(seen, positions)
-    return _squares(seen, [end - count for end, count in zip(accumulate(counts), counts)])
+    return _squares(seen, _starts(_equal_crops(seen, positions)))
 
 
 def last_of_equal_crops(
@@ -69,7 +68,7 @@ def first_of_any_resolution(
         image_size_to_num_patches(size, choices, side) if crops else 1
         for size, crops in zip(sizes, alone, strict=True)
     ]
-    return _squares(seen, [end - count for end, count in zip(accumulate(counts), counts)])
+    return _squares(seen, _starts(counts))
 
 
 def by_image_sizes(
@@ -118,6 +117,11 @@ def _equal_crops(seen: Tensor, positions: Sequence[int]) -> list[int]:
     """How many crops each image has."""
     length = sum(positions) // len(seen)
     return [count // length for count in positions]
+
+
+def _starts(counts: Sequence[int]) -> list[int]:
+    """Where each image's crops begin."""
+    return list(accumulate(counts, initial=0))[:-1]
 
 
 def _squares(seen: Tensor, indices: Sequence[int]) -> list[Tensor]:
