@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,8 +167,8 @@ class PsaVlm:
                 return []
             texts = [request.text for request in requests for _ in request.rows]
             h_t, mask = self.backbone.embed_text(texts)  # [B, T, D], [B, T]
-            output = self.bottleneck(features.h_o, h_t, mask, features.grid)
-            images = self._image_verdicts(output, self.bottleneck.config.queries or features.grid)
+            output = self.bottleneck.read(features.maps, h_t, mask)
+            images = self._image_verdicts(output, [tuple(one.shape[:2]) for one in features.maps])
             return [
                 Verdict.from_probs([images[row] for row in request.rows], self.taxonomy)
                 for request in requests
@@ -179,21 +180,25 @@ class PsaVlm:
             return [Verdict.failed(reason) for _ in requests]
 
     def _image_verdicts(
-        self, output: BottleneckOutput, grid: tuple[int, int]
+        self, output: BottleneckOutput, grids: Sequence[tuple[int, ...]]
     ) -> list[ImageVerdict]:
         """One verdict for each row, all of them fetched from the device together."""
+        queries = self.bottleneck.config.queries
+        grids = grids if queries is None else [queries] * len(grids)
         looked_at = output.attention.float().sum(1)  # [B, Q]; rows of padding are zero
         most = looked_at.amax(1, keepdim=True).clamp_min(torch.finfo(looked_at.dtype).tiny)
-        evidence = (looked_at / most).unflatten(1, grid).cpu().numpy()  # [B, H, W]
+        evidence = (looked_at / most).cpu().numpy()  # [B, Q]
         types = output.type_logits.double().softmax(-1).tolist()
         levels = output.level_logits.double().softmax(-1).tolist()
         return [
             ImageVerdict(
                 dict(zip(self.taxonomy.types, type_probs, strict=True)),
                 dict(zip(self.taxonomy.levels, level_probs, strict=True)),
-                where,
+                where[: math.prod(grid)].reshape(grid),  # [H, W]
             )
-            for type_probs, level_probs, where in zip(types, levels, evidence, strict=True)
+            for type_probs, level_probs, where, grid in zip(
+                types, levels, evidence, grids, strict=True
+            )
         ]
 
     # --- the reply -------------------------------------------------------------------------------
@@ -274,13 +279,14 @@ class PsaVlm:
     ) -> list[str]:
         if not requests:
             return []
+        rows = [row for request in requests for row in request.rows]
+        chosen = features.take(rows) if isinstance(features, ImageFeatures) and rows else None
         inputs = self.backbone.prompts(
             [request.conversation for request in requests],
             [len(request.images) for request in requests],
             hints,
+            features=chosen,
         )
-        rows = [row for request in requests for row in request.rows]
-        chosen = features.take(rows) if isinstance(features, ImageFeatures) and rows else None
         return self.backbone.generate(inputs, chosen, max_new_tokens)
 
     # --- input -----------------------------------------------------------------------------------
@@ -314,7 +320,8 @@ class PsaVlm:
         """
         images = [image for request in requests for image in request.images]
         try:
-            return self.backbone.encode(images) if images else None
+            counts = [len(request.images) for request in requests]
+            return self.backbone.encode(images, counts) if images else None
         except Exception as error:
             return error
 

@@ -90,7 +90,7 @@ def test_dtype_can_be_chosen(llava_dir: Path) -> None:
 
 def test_an_unknown_family_is_named_with_the_known_ones(tmp_path: Path) -> None:
     LlamaConfig(hidden_size=8, num_attention_heads=2, num_hidden_layers=1).save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match=r"'llama' is not known \(known: llava\)"):
+    with pytest.raises(CheckpointError, match=r"'llama' is not known \(known: .*llava, "):
         Backbone.from_pretrained(tmp_path)
 
 

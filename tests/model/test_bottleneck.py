@@ -87,6 +87,26 @@ def test_any_grid(h: int, w: int) -> None:
     assert (out.level_logits.shape, out.type_logits.shape) == ((2, 4), (2, 7))
 
 
+@settings(max_examples=20)
+@given(grids=st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4)), min_size=1, max_size=5))
+def test_images_of_different_grids_do_not_touch_each_other(grids: list[tuple[int, int]]) -> None:
+    bottleneck, mask = bottleneck_of(), torch.ones(len(grids), 3)
+    maps, texts = [draw(i, *grid, 6) for i, grid in enumerate(grids)], draw(9, len(grids), 3, 16)
+    out = bottleneck.read(maps, texts, mask)
+    for i, (h, w) in enumerate(grids):
+        one = slice(i, i + 1)
+        alone = bottleneck(maps[i].reshape(1, h * w, 6), texts[one], mask[one], (h, w))
+        torch.testing.assert_close(logits(out)[0][one], alone.level_logits, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(logits(out)[1][one], alone.type_logits, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(out.attention[one, :, : h * w], alone.attention)
+        assert not out.attention[one, :, h * w :].any()
+        torch.testing.assert_close(
+            out.safety_features[one, : h * w], alone.safety_features, atol=1e-5, rtol=1e-4
+        )
+    with pytest.raises(InputError, match="give one for each"):
+        bottleneck.read(maps, texts[1:], mask[1:])
+
+
 def test_without_a_grid_positions_form_a_square() -> None:
     bottleneck, mask = bottleneck_of(), torch.ones(1, 3)
     nine = draw(0, 1, 9, 6)

@@ -50,12 +50,14 @@ def unaligned(
     def answer(samples: Sequence[Sample]) -> list[Answer]:
         opened = [[f for image in sample.images for f in open_images(image)] for sample in samples]
         images = [image for group in opened for image in group]
+        counts = [len(group) for group in opened]
+        features = backbone.encode(images, counts) if images else None
         inputs = backbone.prompts(
             [sample.conversation[:1] for sample in samples],
-            [len(group) for group in opened],
+            counts,
             system=system,
+            features=features,
         )
-        features = backbone.encode(images) if images else None
         return [(text, None) for text in backbone.generate(inputs, features, max_new_tokens)]
 
     return answer

@@ -6,10 +6,11 @@ width, L prompt length, H x W grid.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from psa_vlm.errors import CheckpointError, InputError
+from psa_vlm.model.families import spec_for
 from psa_vlm.model.probe import probe
 from psa_vlm.model.prompts import PromptBuilder
 from psa_vlm.model.tokens import guard_of, safety_token_ids
@@ -29,66 +31,63 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class BackboneSpec:
-    """What has to be known of a family of models; data only."""
-
-    model_types: tuple[str, ...]
-    """``model_type`` in the config of its checkpoints."""
-    projector: str
-    """Path of the general projector: its input is h_o, its output h_i."""
-    language_layers: str
-    """Regular expression (full match) of the language model's linear layers, for LoRA."""
-
-
-SPECS: dict[str, BackboneSpec] = {
-    "llava": BackboneSpec(
-        model_types=("llava",),
-        projector="model.multi_modal_projector",
-        language_layers=r".*language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj",
-    ),
-}
-"""The known families, by name."""
-
-
-def spec_for(model_type: str) -> BackboneSpec:
-    """The spec of a ``model_type``.
-
-    Raises:
-        CheckpointError: if no family has it; the message lists the known ones.
-    """
-    for spec in SPECS.values():
-        if model_type in spec.model_types:
-            return spec
-    known = ", ".join(sorted(name for spec in SPECS.values() for name in spec.model_types))
-    raise CheckpointError(
-        f"model type {model_type!r} is not known (known: {known}): "
-        "add a BackboneSpec for it to psa_vlm.model.backbone.SPECS"
-    )
-
-
-@dataclass(frozen=True)
 class ImageFeatures:
     """B encoded images: all that the bottleneck and the language model need of them."""
 
-    h_o: Tensor
-    """Vision features before the projector ``[B, N, Dv]``, row by row."""
+    maps: tuple[Tensor, ...]
+    """h_o, vision features before the projector: ``[H, W, Dv]`` of each image."""
     projected: Any
-    """What ``get_image_features`` returned; its ``pooler_output`` is h_i, B times ``[N, D]``."""
-    grid: tuple[int, int]
-    """Rows and columns of the N positions."""
+    """What ``get_image_features`` returned, image by image; its ``pooler_output`` is h_i."""
+    marks: tuple[str, ...]
+    """What stands for each image in the text of a prompt."""
+    positions: tuple[int, ...]
+    """How many of a prompt's positions each image fills."""
+    prompt_inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    """What else the language model wants to know of the images, a row for each."""
+    joined: bool = False
+    """Whether the language model wants h_i as one tensor rather than one for each image."""
 
     def __len__(self) -> int:
-        return len(self.h_o)
+        return len(self.maps)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the N positions of h_o, where all images have the same."""
+        (grid,) = {(features.shape[0], features.shape[1]) for features in self.maps}
+        return grid
+
+    @property
+    def h_o(self) -> Tensor:
+        """h_o ``[B, N, Dv]``, row by row, where all images have the same grid."""
+        return torch.stack(self.maps).flatten(1, 2)
 
     def take(self, indices: Sequence[int]) -> ImageFeatures:
         """The features of some of the images, in the order of ``indices``."""
-        h_i = self.projected.pooler_output
-        projected = type(self.projected)(pooler_output=[h_i[i] for i in indices])
-        return ImageFeatures(self.h_o[list(indices)], projected, self.grid)
+        picked = dict(self.projected)
+        h_i = picked.pop("pooler_output")
+        picked = {
+            name: [[one[i] for i in indices] for one in all_] for name, all_ in picked.items()
+        }
+        picked["pooler_output"] = [h_i[i] for i in indices]
+        return ImageFeatures(
+            tuple(self.maps[i] for i in indices),
+            type(self.projected)(**picked),
+            tuple(self.marks[i] for i in indices),
+            tuple(self.positions[i] for i in indices),
+            {name: rows[list(indices)] for name, rows in self.prompt_inputs.items()},
+            self.joined,
+        )
 
     def mm_encoder_outputs(self) -> dict[str, Any]:
         """The argument of that name for the model; a copy, because generation may change it."""
-        return {"image": type(self.projected)(**self.projected)}
+        copy = type(self.projected)(**self.projected)
+        if self.joined:
+            copy["pooler_output"] = torch.cat(copy.pooler_output)
+        return {"image": copy}
+
+    def model_inputs(self) -> dict[str, Any]:
+        """All that the model is called with in place of the pixels."""
+        return {"mm_encoder_outputs": self.mm_encoder_outputs(), **self.prompt_inputs}
 
 
 class Backbone:
@@ -113,8 +112,9 @@ class Backbone:
         self.probe = probe(model)
         self.processor = processor
         self.tokenizer = processor.tokenizer
-        if not isinstance(processor.chat_template, str):
-            processor.chat_template = self.tokenizer.chat_template
+        for template in (self.tokenizer.chat_template, self.spec.chat_template):
+            if not isinstance(processor.chat_template, str):
+                processor.chat_template = template
         if not isinstance(processor.chat_template, str):
             raise CheckpointError("the checkpoint has no chat template: add chat_template.jinja")
 
@@ -143,7 +143,7 @@ class Backbone:
             model: Any = AutoModelForImageTextToText.from_pretrained(
                 path, dtype="auto" if dtype is None else dtype, use_safetensors=True
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, ImportError) as error:  # some processors need torchvision
             reason = str(error).strip().splitlines()[0]
             raise CheckpointError(
                 f"can't load a vision-language model from {path}: {reason}"
@@ -167,7 +167,7 @@ class Backbone:
     @property
     def image_token_id(self) -> int:
         """Id of the positions that hold an image in the prompt."""
-        return int(self.processor.image_token_id)
+        return int(self.model.config.image_token_id)
 
     @property
     def safety_token_ids(self) -> tuple[int, ...]:
@@ -188,40 +188,77 @@ class Backbone:
     @cached_property
     def vision_width(self) -> int:
         """Dv, width of h_o; found by encoding a blank image once."""
-        return self.encode([_blank()]).h_o.shape[-1]
+        return self.encode([_blank()]).maps[0].shape[-1]
 
     @cached_property
     def image_tokens(self) -> int:
-        """Positions that one image takes in the prompt."""
-        mark = self.processor.image_token
-        ids: list[int] = self.processor(images=[_blank()], text=[mark])["input_ids"][0]
-        return ids.count(self.image_token_id)
+        """Positions that a small image takes in the prompt; in most families, every image."""
+        return self._positions(self._builder.image)
 
     @cached_property
     def _builder(self) -> PromptBuilder:
-        return PromptBuilder(self.processor, self.image_tokens, self.max_tokens)
+        _, (mark,) = self._processed([_blank()], [1])
+        return PromptBuilder(self.processor, mark, self.max_tokens)
+
+    def _positions(self, mark: str) -> int:
+        """Positions that an image fills, of what stands for it in the text of a prompt."""
+        return mark.count(self.tokenizer.convert_ids_to_tokens(self.image_token_id))
 
     # --- the way of a request --------------------------------------------------------------------
 
     @torch.no_grad()
-    def encode(self, images: Sequence[Image]) -> ImageFeatures:
+    def encode(
+        self, images: Sequence[Image], image_counts: Sequence[int] | None = None
+    ) -> ImageFeatures:
         """Encode B RGB images in one vision pass: h_o (paper: f) and h_i.
+
+        Args:
+            images: of all prompts in order.
+            image_counts: how many each prompt has, as for :meth:`prompts`; None is one each. Some
+                families cut images into fewer crops where several share a prompt.
 
         Raises:
             InputError: if there is no image.
         """
         if not images:
             raise InputError("encode needs at least one image")
-        pixels = self.processor.image_processor(list(images), return_tensors="pt")["pixel_values"]
-        pixels = pixels.to(self.device, self.dtype)  # [B, 3, height, width]
+        if image_counts is None or not self.spec.grouped:
+            image_counts = [1] * len(images)
+        inputs, marks = self._processed(images, [count for count in image_counts if count])
+        wanted = {name: inputs[name] for name in self.spec.image_inputs if name in inputs}
         with _inputs_of(self.model.get_submodule(self.spec.projector)) as seen:
-            projected = self.model.get_image_features(pixel_values=pixels, return_dict=True)
-        (h_o,) = seen  # [B, N, Dv], [B, 1+N, Dv] where the class token is kept
-        patch = self.model.config.vision_config.patch_size
-        grid = (pixels.shape[-2] // patch, pixels.shape[-1] // patch)
-        h_o = h_o[:, -grid[0] * grid[1] :]  # [B, N, Dv]
-        h_i = type(projected)(pooler_output=list(projected.pooler_output))  # drop the layers
-        return ImageFeatures(h_o, h_i, grid)
+            projected = self.model.get_image_features(**wanted, return_dict=True)
+        positions = [self._positions(mark) for mark in marks]
+        h_i = projected.pooler_output
+        joined = isinstance(h_i, Tensor)  # [crops, N, D]
+        if joined:
+            h_i = h_i.split([count // h_i.shape[1] for count in positions])
+        layers = {name: projected[name] for name in self.spec.layered}
+        return ImageFeatures(
+            tuple(self.spec.arrange(seen[0], inputs, positions, self.model.config)),
+            type(projected)(pooler_output=list(h_i), **layers),  # drop the hidden states
+            tuple(marks),
+            tuple(positions),
+            {name: inputs[name] for name in self.spec.prompt_inputs},
+            joined,
+        )
+
+    def _processed(
+        self, images: Sequence[Image], image_counts: Sequence[int]
+    ) -> tuple[dict[str, Any], list[str]]:
+        """What the processor makes of images, and what stands for each in the text of a prompt."""
+        rest = iter(images)
+        inputs = self.processor(
+            images=[list(islice(rest, count)) for count in image_counts],
+            text=[self.processor.image_token * count for count in image_counts],
+            images_kwargs={"return_tensors": "pt"},
+            text_kwargs={"return_tensors": None, "verbose": False},
+            return_text_replacement_offsets=True,
+        )
+        marks = [one["replacement"] for row in inputs["text_replacement_offsets"] for one in row]
+        tensors = {name: v.to(self.device) for name, v in inputs.items() if isinstance(v, Tensor)}
+        tensors["pixel_values"] = tensors["pixel_values"].to(self.dtype)
+        return tensors, marks
 
     @torch.no_grad()
     def embed_text(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -260,6 +297,7 @@ class Backbone:
         hints: Sequence[str | None] | None = None,
         system: str | None = None,
         answers: Sequence[str] | None = None,
+        features: ImageFeatures | None = None,
     ) -> dict[str, Tensor]:
         """Build B prompts through the chat template; every user's text stays plain text.
 
@@ -269,18 +307,25 @@ class Backbone:
             hints: put on a line of their own after the last user turn's words, in the same turn.
             system: system prompt of all of them.
             answers: for training. The ids up to an answer equal those of inference.
+            features: the images of all prompts in order; None stands for images as a small one,
+                which is right where every image takes as many positions.
 
         Returns:
             ``input_ids`` and ``attention_mask`` ``[B, L]``, padded on the left and ready to
             generate; with answers padded on the right, and with ``labels`` ``[B, L]`` that are
-            -100 outside the answer and its end of turn.
+            -100 outside the answer and its end of turn. Some
+            families also want token types ``[B, L]``.
 
         Raises:
             InputError: if a conversation does not end with the user, is too long for the model,
-                or imitates control tokens in a way that can't be undone.
+                or imitates control tokens in a way that can't be undone; if the features are of
+                another number of images.
             CheckpointError: if the chat template does not write one mark for each image.
         """
-        inputs = self._builder.inputs(conversations, image_counts, hints, system, answers)
+        marks = None if features is None else features.marks
+        inputs = self._builder.inputs(conversations, image_counts, hints, system, answers, marks)
+        for name, types in self.spec.token_types.items():
+            inputs[name] = types(inputs["input_ids"], inputs.get("labels"), self.image_token_id)
         device = self.device
         return {name: tensor.to(device) for name, tensor in inputs.items()}
 
@@ -301,13 +346,13 @@ class Backbone:
         Raises:
             InputError: if the prompts do not speak of exactly these images.
         """
-        marks = int((inputs["input_ids"] == self.image_token_id).sum())
-        images = 0 if features is None else len(features)
-        if marks != images * self.image_tokens:
+        held = int((inputs["input_ids"] == self.image_token_id).sum())
+        if held != (0 if features is None else sum(features.positions)):
+            images = 0 if features is None else len(features)
             raise InputError(
-                f"the prompts hold {marks / self.image_tokens:g} images but {images} are given"
+                f"the prompts hold {held / self.image_tokens:g} images but {images} are given"
             )
-        encoded = {} if features is None else features.mm_encoder_outputs()
+        encoded = {"mm_encoder_outputs": {}} if features is None else features.model_inputs()
         suppressed = {
             *(self.model.generation_config.suppress_tokens or ()),
             *guard_of(self.processor).safety_ids,
@@ -315,7 +360,7 @@ class Backbone:
         }
         ids = self.model.generate(
             **inputs,
-            mm_encoder_outputs=encoded,
+            **encoded,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,

@@ -6,7 +6,7 @@ width, Q safety queries, K safety tokens (1), H x W grid.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
@@ -132,6 +132,51 @@ class SafetyBottleneck(nn.Module):
         level, type_, attention = self.head(h_t, mask, self.tokens, h_s)
         return BottleneckOutput(h_s, level, type_, attention)
 
+    def read(
+        self, maps: Sequence[Tensor], text_embeds: Tensor, text_mask: Tensor
+    ) -> BottleneckOutput:
+        """`forward` for B images whose grids may differ.
+
+        Images of one grid are computed together, and no image changes what is said of another:
+        a convolution over padding would.
+
+        Args:
+            maps: h_o of each image ``[H, W, Dv]``.
+            text_embeds: h_t ``[B, T, D]``.
+            text_mask: ``[B, T]``, non-zero where the text is real.
+
+        Returns:
+            What is said of them in order. Q is that of the largest grid; of a smaller one the
+            first positions are meant, and the rest is zero.
+
+        Raises:
+            InputError: if shapes do not fit together; the message says which.
+        """
+        if len(maps) != len(text_embeds):
+            raise InputError(f"{len(maps)} images but {len(text_embeds)} texts: give one for each")
+        rows: dict[tuple[int, int], list[int]] = {}
+        for row, features in enumerate(maps):
+            rows.setdefault((features.shape[0], features.shape[1]), []).append(row)
+        outputs = [
+            self(
+                torch.stack([maps[row] for row in group]).flatten(1, 2),
+                text_embeds[group],
+                text_mask[group],
+                grid,
+            )
+            for grid, group in rows.items()
+        ]
+        order = torch.tensor([row for group in rows.values() for row in group]).argsort()
+        widest = max(output.attention.shape[-1] for output in outputs)
+        h_s = [_longer(output.safety_features, 1, widest) for output in outputs]
+        attention = [_longer(output.attention, 2, widest) for output in outputs]
+        return BottleneckOutput(
+            torch.cat(h_s)[order],
+            torch.cat([output.level_logits for output in outputs])[order],
+            torch.cat([output.type_logits for output in outputs])[order],
+            torch.cat(attention)[order],
+        )
+
     @classmethod
     def from_official(
         cls,
@@ -176,6 +221,12 @@ class SafetyBottleneck(nn.Module):
         if grid is not None and grid[0] * grid[1] != positions:
             raise InputError(f"grid {tuple(grid)} does not hold {positions} image positions")
         return grid or square or (0, 0)
+
+
+def _longer(x: Tensor, dim: int, length: int) -> Tensor:
+    """``x`` with zeros behind it along ``dim``."""
+    after = [0, 0] * (x.ndim - 1 - dim) + [0, length - x.shape[dim]]
+    return F.pad(x, after)
 
 
 def concept_loss(

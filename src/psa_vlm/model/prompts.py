@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,14 +29,16 @@ class PromptBuilder:
 
     Args:
         processor: with its chat template; safety tokens, if any, are in it.
-        image_tokens: positions that one image takes in the prompt.
+        image: what stands for an image in the text of a prompt, where a call does not say; a
+            number stands for as many image marks.
         max_tokens: length that the language model can read.
     """
 
-    def __init__(self, processor: Any, image_tokens: int, max_tokens: int) -> None:
+    def __init__(self, processor: Any, image: str | int, max_tokens: int) -> None:
         self.processor = processor
         self.tokenizer = processor.tokenizer
-        self.image_tokens = image_tokens
+        self.mark: str = processor.image_token
+        self.image = self.mark * image if isinstance(image, int) else image
         self.max_tokens = max_tokens
         self._expected = lru_cache(REMEMBERED)(self._count_structure)
 
@@ -46,11 +49,20 @@ class PromptBuilder:
         hints: Sequence[str | None] | None = None,
         system: str | None = None,
         answers: Sequence[str] | None = None,
+        marks: Sequence[str] | None = None,
     ) -> dict[str, Tensor]:
-        """Token ids of B prompts: see :meth:`psa_vlm.model.backbone.Backbone.prompts`."""
-        count = len(conversations)
+        """Token ids of B prompts: see :meth:`psa_vlm.model.backbone.Backbone.prompts`.
+
+        Args, where they are others:
+            marks: what stands for each image of all prompts, in order.
+        """
+        count, wanted = len(conversations), sum(image_counts)
+        marks = [self.image] * wanted if marks is None else marks
+        if len(marks) != wanted:
+            raise InputError(f"the prompts hold {wanted} images but {len(marks)} are given")
+        rest = iter(marks)
         rows = [
-            self._row(turns, images, hint, system, answer)
+            self._row(turns, list(islice(rest, images)), hint, system, answer)
             for turns, images, hint, answer in zip(
                 conversations,
                 image_counts,
@@ -70,7 +82,7 @@ class PromptBuilder:
     def _row(
         self,
         turns: Sequence[Turn],
-        images: int,
+        marks: Sequence[str],
         hint: str | None,
         system: str | None,
         answer: str | None,
@@ -80,12 +92,12 @@ class PromptBuilder:
             raise InputError("the conversation must end with a turn of the user")
         guard = guard_of(self.processor)
         roles, texts = [turn.role for turn in turns], [guard.clean(turn.text) for turn in turns]
-        messages = _messages(roles, texts, images, hint, system)
+        messages = _messages(roles, texts, len(marks), hint, system)
         prompt = self._render(messages, add_generation_prompt=True)
         ids = self._ids(prompt)
-        if self._expected(guard, tuple(roles), images, hint, system) != guard.structure(ids):
+        if self._expected(guard, tuple(roles), len(marks), hint, system) != guard.structure(ids):
             raise InputError("the text imitates control tokens and can't be made plain")
-        expanded = self._expanded(ids)
+        expanded = self._ids(self._expanded(prompt, marks)) if marks else ids
         if answer is None:
             return expanded, []
         return expanded, self._answer_ids(messages, prompt, ids, guard.clean(answer))
@@ -114,10 +126,10 @@ class PromptBuilder:
         )
         return text
 
-    def _expanded(self, ids: list[int]) -> list[int]:
-        """Ids with each image mark as often as an image has positions."""
-        image, width = self.processor.image_token_id, self.image_tokens
-        return [id_ for one in ids for id_ in ([one] * width if one == image else [one])]
+    def _expanded(self, prompt: str, marks: Sequence[str]) -> str:
+        """The text with all that stands for each image in place of its mark."""
+        parts = prompt.split(self.mark)  # no text of a user holds one
+        return "".join(part + mark for part, mark in zip(parts, [*marks, ""], strict=True))
 
     def _ids(self, text: str, add_special_tokens: bool = True) -> list[int]:
         begin = self.tokenizer.bos_token
@@ -142,7 +154,7 @@ class PromptBuilder:
         """
         messages = _messages(roles, ["a"] * len(roles), images, hint, system)
         found = guard.structure(self._ids(self._render(messages, add_generation_prompt=True)))
-        image = self.processor.image_token_id
+        image = self.tokenizer.convert_tokens_to_ids(self.mark)
         if any(found[id_] != images for id_ in (image, *guard.safety_ids)):
             raise CheckpointError(
                 f"the chat template writes {found[image]} image marks for {images} images: "

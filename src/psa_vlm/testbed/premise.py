@@ -73,6 +73,7 @@ def ask(backbone: Backbone, prompts: Sequence[Prompt], label: str, batch: int = 
             [int(prompt.image is not None) for prompt in part],
             [prompt.hint for prompt in part],
             part[0].system,
+            features=features,
         )
         replies += backbone.generate(inputs, features, MAX_NEW_TOKENS)
     return replies

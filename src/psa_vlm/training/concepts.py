@@ -53,12 +53,11 @@ class _Concepts(Task):
         self.level_weights = level_weights
 
     def forward(
-        self, features: Tensor, texts: list[str], types: Tensor, levels: Tensor
+        self, features: Tensor | list[Tensor], texts: list[str], types: Tensor, levels: Tensor
     ) -> dict[str, Tensor]:
-        """Args: features ``[B, H, W, Dv]``; B texts; types and levels ``[B]`` label ids."""
+        """Args: B features ``[H, W, Dv]``, stacked if alike; B texts; B type and level ids."""
         h_t, mask = self.backbone.embed_text(texts)  # [B, T, D], [B, T]
-        grid = (features.shape[1], features.shape[2])
-        output = self.bottleneck(features.flatten(1, 2), h_t, mask, grid)
+        output = self.bottleneck.read(list(features), h_t, mask)
         type_loss = F.cross_entropy(output.type_logits, types, _like(self.type_weights, output))
         level_loss = F.cross_entropy(output.level_logits, levels, _like(self.level_weights, output))
         return {"loss": self.weight * (level_loss + type_loss)}
@@ -115,8 +114,10 @@ def train_concepts(
         ]
 
     def collate(batch: list[_Row]) -> dict[str, Any]:
+        maps = [cache[row.key][row.frame] for row in batch]
+        alike = len({features.shape for features in maps}) == 1
         return {
-            "features": torch.stack([cache[row.key][row.frame] for row in batch]),
+            "features": torch.stack(maps) if alike else maps,
             "texts": [row.text for row in batch],
             "types": torch.tensor([row.type for row in batch]),
             "levels": torch.tensor([row.level for row in batch]),

@@ -6,9 +6,11 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -104,9 +106,10 @@ class FeatureCache:
     def _encode(self, images: list[tuple[str, Source]]) -> None:
         opened = [(key, open_images(image)) for key, image in images]
         features = self.backbone.encode([frame for _, frames in opened for frame in frames])
-        h_o = features.h_o.unflatten(1, features.grid).cpu()  # [frames, H, W, Dv]
-        parts = h_o.split([len(frames) for _, frames in opened])
-        tensors = {key: part.contiguous() for (key, _), part in zip(opened, parts, strict=True)}
+        maps = iter(features.maps)
+        tensors = {  # the pictures of one animation are of one size
+            key: torch.stack(list(islice(maps, len(frames)))).cpu() for key, frames in opened
+        }
         path = self.folder / f"{len(list(self.folder.glob('*.safetensors'))):06d}.safetensors"
         writing = path.with_suffix(".writing")
         try:

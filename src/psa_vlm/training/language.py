@@ -109,14 +109,17 @@ class _Answers(Task):
         """Args: B dialogues with their images."""
         rows = [dialogue for dialogue, _ in batch]
         images = [image for _, images in batch for image in images]
+        counts = [len(images) for _, images in batch]
+        features = self.backbone.encode(images, counts) if images else None
         inputs = self.backbone.prompts(
             [row.conversation for row in rows],
-            [len(images) for _, images in batch],
+            counts,
             [row.hint for row in rows],
             answers=[row.answer for row in rows],
+            features=features,
         )
-        encoded = self.backbone.encode(images).mm_encoder_outputs() if images else None
-        output = self.model(**inputs, mm_encoder_outputs=encoded, use_cache=False)
+        encoded = {} if features is None else features.model_inputs()
+        output = self.model(**inputs, **encoded, use_cache=False)
         return {"loss": output.loss}
 
 
