@@ -195,8 +195,8 @@ def make_calibration() -> Any:
                 for name, (low, high) in chosen.items()
             },
             "shares": {name: {"clean": 0.5, "review": 0.3, "risky": 0.2} for name in words.types},
-            "quality": dict.fromkeys(("type", "level"), {"before": quality, "after": quality}),
-            "scores": dict.fromkeys(words.risk_types, {"harmless": spread, "risky": spread}),
+            "quality": {head: {"before": quality, "after": quality} for head in ("type", "level")},
+            "scores": {name: {"harmless": spread, "risky": spread} for name in words.risk_types},
         }
         return Calibration.model_validate(data | changes)
 
