@@ -273,7 +273,7 @@ def report(
             "threads": torch.get_num_threads(),
         },
         "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
-        "commit": _commit(),
+        "commit": commit(),
         "command": shlex.join(["python", f"benchmarks/{benchmark}.py", *sys.argv[1:]]),
         "facts": dict(facts),
         "seconds": measures,
@@ -311,7 +311,7 @@ def processor_name(device: torch.device) -> str:
     return found[1] if found else platform.processor() or platform.machine()
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit, with "+" behind it if tracked files differ from it; None outside a checkout."""
     try:
         told = subprocess.run(

@@ -160,3 +160,44 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("pictures") / "squares.png"
     image.save(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def make_calibration() -> Any:
+    """Makes a calibration of a bottleneck by hand: limits by type, (0.2, 0.6) by default."""
+    from datetime import date
+
+    from psa_vlm.model.calibration import Calibration
+    from psa_vlm.model.probe import probe
+    from psa_vlm.taxonomy import Taxonomy
+
+    def make(bottleneck: Any = None, limits: Any = None, **changes: Any) -> Calibration:
+        words = Taxonomy.default()
+        quality = {"nll": 0.5, "ece": 0.1, "n": [0, 9], "confidence": [None, 0.9]}
+        quality |= {"accuracy": [None, 0.8]}
+        spread = [i / 100 for i in range(101)]
+        chosen = dict.fromkeys(words.risk_types, (0.2, 0.6)) | (limits or {})
+        data: dict[str, Any] = {
+            "made": date(2026, 1, 1),
+            "valid_until": date.max,
+            "taxonomy": words.hash,
+            "weights": [] if bottleneck is None else probe(bottleneck),
+            "data": "0" * 16,
+            "method": "by hand",
+            "miss_rate": 0.01,
+            "false_refusal": 0.05,
+            "confidence": 0.95,
+            "samples": {"temperatures": 200, "thresholds": 4000},
+            "n": dict.fromkeys(words.types, 400) | {words.clean: 1600},
+            "temperatures": {"type": 1.0, "level": 1.0},
+            "thresholds": {
+                name: {"clean_below": low, "risky_above": high}
+                for name, (low, high) in chosen.items()
+            },
+            "shares": {name: {"clean": 0.5, "review": 0.3, "risky": 0.2} for name in words.types},
+            "quality": {head: {"before": quality, "after": quality} for head in ("type", "level")},
+            "scores": {name: {"harmless": spread, "risky": spread} for name in words.risk_types},
+        }
+        return Calibration.model_validate(data | changes)
+
+    return make

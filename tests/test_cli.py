@@ -67,7 +67,7 @@ def one_line(outcome: Outcome, *words: str, code: int = 2) -> None:
 def test_help_names_every_command(psa: Psa) -> None:
     outcome = psa("--help")
     assert outcome.code == 0
-    for command in ("demo", "train", "assess", "chat", "evaluate", "testbed"):
+    for command in ("demo", "train", "assess", "chat", "evaluate", "calibrate", "testbed"):
         assert command in outcome.out
 
 

@@ -50,6 +50,7 @@ HEAVY = [
     "pydantic",
     "ray",
     "safetensors",
+    "scipy",
     "sklearn",
     "tensorboard",
     "torch",

@@ -81,11 +81,11 @@ def _quiet() -> None:
     logging.set_verbosity_error()
 
 
-def _load(run: Path, base: Path | None) -> PsaVlm:
+def _load(run: Path, base: Path | None, calibrated: bool = True) -> PsaVlm:
     from psa_vlm.inference import PsaVlm
 
     _quiet()
-    return PsaVlm.from_pretrained(run, base=base)
+    return PsaVlm.from_pretrained(run, base=base, calibrated=calibrated)
 
 
 def _show(reply: Reply) -> None:
@@ -228,6 +228,42 @@ def evaluate(
         _print(summary.to_dict())
     else:
         Console().print(summary.table())
+
+
+@app.command()
+def calibrate(
+    run: Annotated[Path, typer.Argument(help="A run folder; calibration.json is put into it.")],
+    data: Annotated[Path, typer.Option(help="Labelled samples that no training saw.")],
+    images: Annotated[Path | None, typer.Option(help="Folder of the images.")] = None,
+    miss_rate: Annotated[float, typer.Option(help="Most missed of each type.")] = 0.01,
+    false_refusal: Annotated[
+        float, typer.Option(help="Most harmless requests that are called surely risky.")
+    ] = 0.05,
+    confidence: Annotated[float, typer.Option(help="That each of these holds.")] = 0.95,
+    valid_days: Annotated[int, typer.Option(help="Until it should be done again.", min=1)] = 90,
+    base: Base = None,
+    as_json: Json = False,
+) -> None:
+    """Make a run's probabilities honest, and choose thresholds under a stated bound."""
+    from rich.console import Console
+
+    from psa_vlm.data.readers import read
+    from psa_vlm.evaluation.calibrate import Promise
+    from psa_vlm.evaluation.calibrate import calibrate as fit
+    from psa_vlm.evaluation.calibration_report import table, write_calibration
+    from psa_vlm.model.calibration import FILE
+
+    promise = Promise(miss_rate, false_refusal, confidence)
+    vlm = _load(run, base, calibrated=False)
+    calibration = fit(vlm, read(data, images, vlm.taxonomy), promise, valid_days)
+    calibration.save(run / FILE)
+    page = run / "calibration.html"
+    write_calibration(page, calibration, vlm.taxonomy, run)
+    if as_json:
+        _print(calibration.model_dump(mode="json"))
+    else:
+        Console().print(table(calibration, vlm.taxonomy))
+        Console().print(f"calibration: {run / FILE}   report: {page}")
 
 
 @testbed_app.command("build-base")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,7 @@ from psa_vlm.errors import InputError
 from psa_vlm.model import checkpoint
 from psa_vlm.model.backbone import Backbone, ImageFeatures
 from psa_vlm.model.bottleneck import BottleneckOutput, SafetyBottleneck
+from psa_vlm.model.calibration import FILE, Calibration, Temperatures
 from psa_vlm.model.verdict import ImageVerdict, Verdict
 from psa_vlm.policy.policy import Decision, Policy
 from psa_vlm.taxonomy import Taxonomy
@@ -28,6 +31,8 @@ Images = Source | Sequence[Source]
 NO_IMAGE = "no-image"
 """The rule of a request without an image: nothing to assess, the language model answers."""
 MAX_NEW_TOKENS = 256
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,11 @@ class PsaVlm:
         taxonomy: their names.
         policy: used where a call gives none.
         adapter: the LoRA of stage II inside the backbone, None before stage II.
+        calibration: makes verdicts carry calibrated probabilities and bands; None goes without.
+
+    Raises:
+        PolicyError: the policy does not fit the taxonomy.
+        CheckpointError: the calibration was made for another bottleneck or taxonomy.
     """
 
     def __init__(
@@ -89,6 +99,7 @@ class PsaVlm:
         taxonomy: Taxonomy | None = None,
         policy: Policy | None = None,
         adapter: PeftModel | None = None,
+        calibration: Calibration | None = None,
     ) -> None:
         self.backbone = backbone
         self.bottleneck = bottleneck.eval()
@@ -96,6 +107,9 @@ class PsaVlm:
         self.policy = policy or Policy.default()
         self.policy.check(self.taxonomy)
         self.adapter = adapter
+        if calibration is not None:
+            calibration.check(self.taxonomy, self.bottleneck)
+        self.calibration = calibration
 
     @classmethod
     def from_pretrained(
@@ -105,12 +119,24 @@ class PsaVlm:
         taxonomy: Taxonomy | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        calibrated: bool = True,
     ) -> PsaVlm:
-        """Load a run folder: see `psa_vlm.model.checkpoint.load` for arguments and errors."""
+        """Load a run folder: see `psa_vlm.model.checkpoint.load` for arguments and errors.
+
+        A calibration in it is used, and one that is damaged or of other weights is an error;
+        with `calibrated=False` it is not looked at.
+        """
         folder = Path(folder)
         parts = checkpoint.load(folder, base, taxonomy, dtype, device)
         policy = Policy.from_yaml(folder / "policy.yaml")
-        return cls(parts.backbone, parts.bottleneck, parts.taxonomy, policy, parts.adapter)
+        calibration = None
+        if calibrated and (folder / FILE).exists():
+            calibration = Calibration.load(folder / FILE)
+            if calibration.valid_until < date.today():
+                _logger.warning("%s: was valid until %s", folder / FILE, calibration.valid_until)
+        return cls(
+            parts.backbone, parts.bottleneck, parts.taxonomy, policy, parts.adapter, calibration
+        )
 
     def save_pretrained(
         self, folder: str | Path, extra: Callable[[Path], None] = lambda folder: None
@@ -122,15 +148,20 @@ class PsaVlm:
             extra: writes further files into it.
 
         Raises:
-            CheckpointError: it can't be written.
+            CheckpointError: it can't be written, or the calibration is of other weights.
         """
         parts = checkpoint.Parts(self.backbone, self.bottleneck, self.taxonomy, self.adapter)
 
-        def with_policy(path: Path) -> None:
+        if self.calibration is not None:
+            self.calibration.check(self.taxonomy, self.bottleneck)
+
+        def with_the_rest(path: Path) -> None:
             self.policy.to_yaml(path / "policy.yaml")
+            if self.calibration is not None:
+                (path / FILE).write_text(self.calibration.to_json(), encoding="utf-8")
             extra(path)
 
-        checkpoint.save(Path(folder), parts, with_policy)
+        checkpoint.save(Path(folder), parts, with_the_rest)
 
     # --- the verdict -----------------------------------------------------------------------------
 
@@ -170,7 +201,9 @@ class PsaVlm:
             output = self.bottleneck.read(features.maps, h_t, mask)
             images = self._image_verdicts(output, [tuple(one.shape[:2]) for one in features.maps])
             return [
-                Verdict.from_probs([images[row] for row in request.rows], self.taxonomy)
+                Verdict.from_probs(
+                    [images[row] for row in request.rows], self.taxonomy, self.calibration
+                )
                 for request in requests
             ]
         except InputError:
@@ -188,8 +221,9 @@ class PsaVlm:
         looked_at = output.attention.float().sum(1)  # [B, Q]; rows of padding are zero
         most = looked_at.amax(1, keepdim=True).clamp_min(torch.finfo(looked_at.dtype).tiny)
         evidence = (looked_at / most).cpu().numpy()  # [B, Q]
-        types = output.type_logits.double().softmax(-1).tolist()
-        levels = output.level_logits.double().softmax(-1).tolist()
+        divided = self.calibration.temperatures if self.calibration else Temperatures()
+        types = (output.type_logits.double() / divided.type).softmax(-1).tolist()
+        levels = (output.level_logits.double() / divided.level).softmax(-1).tolist()
         return [
             ImageVerdict(
                 dict(zip(self.taxonomy.types, type_probs, strict=True)),

@@ -20,7 +20,8 @@ SMALL = {"num_hidden_layers": 1, "num_attention_heads": 2}
 def scripts(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
     """The scripts, with a real-size shape that is small."""
     monkeypatch.syspath_prepend(FOLDER)
-    found = {name: importlib.import_module(name) for name in ("common", "inference", "stage1")}
+    names = ("common", "calibration", "inference", "stage1")
+    found = {name: importlib.import_module(name) for name in names}
     vision = {"hidden_size": 16, "intermediate_size": 16, "image_size": 28, **SMALL}
     language = {"hidden_size": 16, "intermediate_size": 16, "num_key_value_heads": 2, **SMALL}
     monkeypatch.setattr(found["common"], "VISION_7B", found["common"].VISION_7B | vision)
@@ -73,6 +74,18 @@ def test_stage1(scripts: dict[str, ModuleType], tmp_path: Path) -> None:
     assert data["seconds"].keys() == {"encode", "train", "cached", "joint"}
     assert data["facts"]["samples"] == 3 and data["facts"]["epochs"] == 2
     assert data["facts"]["paper_scale_seconds"].keys() == {"cached", "joint"}
+
+
+def test_calibration(scripts: dict[str, ModuleType], run_dir: Path, tmp_path: Path) -> None:
+    options = ["--scenes", "150", "--recalibrations", "4", "--json", str(tmp_path / "out.json")]
+    options += ["--miss-rate", "0.4", "--false-refusal", "0.4", "--confidence", "0.7"]
+    scripts["calibration"].main([str(run_dir), *options])
+    data = json.loads((tmp_path / "out.json").read_text())
+    assert len(data["rows"]) == 7 and data["command"].startswith("python benchmarks/calibration.py")
+    for row in data["rows"]:
+        assert row["promised"] == 0.4 and 0 <= row["mean"] <= row["worst"] <= 1
+        assert row["interval"][0] <= row["kept"] <= row["interval"][1]
+        assert row["met"] == (row["interval"][1] >= 0.7)
 
 
 def test_the_real_size_needs_cuda(

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -187,3 +189,85 @@ def test_to_dict_carries_everything_a_reader_needs() -> None:
     assert told["overridden"] == ["fairness"]
     assert told["images"][0]["evidence"] == [[0.0, 1.0]]
     assert told["images"][0]["type_probs"]["privacy"] == pytest.approx(0.8)
+
+
+# --- with a calibration --------------------------------------------------------------------------
+
+
+def seen(level: dict[str, float], **types: float) -> ImageVerdict:
+    return ImageVerdict(
+        {name: types.get(name, 0.0) for name in TAXONOMY.types},
+        {name: level.get(name, 0.0) for name in TAXONOMY.levels},
+    )
+
+
+def test_the_bands_decide_which_concepts_are_safe(make_calibration: Any) -> None:
+    limits = {"privacy": (0.2, 0.5), "fairness": (0.05, 0.5), "politics": (0.3, 0.5)}
+    one = seen({"safe": 0.2, "low": 0.1, "high": 0.7}, clean=0.1, privacy=0.7, fairness=0.1)
+    one = replace(one, type_probs={**one.type_probs, "politics": 0.1})
+    verdict = Verdict.from_probs([one], TAXONOMY, make_calibration(limits=limits))
+    assert verdict.scores["privacy"] == pytest.approx(0.7 * 0.8)
+    assert verdict.bands["privacy"] == "risky"
+    assert (verdict.bands["fairness"], verdict.review) == ("review", ("fairness",))
+    assert verdict.bands["politics"] == "clean"
+    # The likeliest has the most probable level above safe; another that is not clean, the lowest.
+    assert verdict.concepts["privacy"] == "high"
+    assert verdict.concepts["fairness"] == "low"
+    assert verdict.concepts["politics"] == "safe"
+    assert verdict.problem(TAXONOMY) is None
+
+
+def test_what_is_not_surely_clean_is_never_safe(make_calibration: Any) -> None:
+    doubtful = seen({"safe": 0.6, "low": 0.2, "medium": 0.2}, clean=0.6, privacy=0.4)
+    assert set(Verdict.from_probs([doubtful], TAXONOMY).concepts.values()) == {"safe"}
+    calibration = make_calibration(limits={"privacy": (0.1, 0.9)})
+    verdict = Verdict.from_probs([doubtful], TAXONOMY, calibration)
+    assert verdict.review == ("privacy",)
+    assert verdict.concepts["privacy"] == "medium"  # of equals, the worst
+    sure = make_calibration(limits={"privacy": (0.5, 0.9)})
+    assert Verdict.from_probs([doubtful], TAXONOMY, sure).concepts["privacy"] == "safe"
+
+
+def test_the_riskiest_image_gives_score_and_band(make_calibration: Any) -> None:
+    risky, fine = seen({"high": 1.0}, privacy=1.0), seen({"safe": 1.0}, clean=1.0)
+    verdict = Verdict.from_probs([fine, risky], TAXONOMY, make_calibration())
+    assert (verdict.scores["privacy"], verdict.bands["privacy"]) == (1.0, "risky")
+    assert (verdict.worst, verdict.concepts["privacy"]) == (1, "high")
+
+
+def test_an_intervention_is_sure(make_calibration: Any) -> None:
+    doubtful = seen({"safe": 0.5, "high": 0.5}, clean=0.5, privacy=0.5)
+    verdict = Verdict.from_probs([doubtful], TAXONOMY, make_calibration())
+    assert verdict.review == ("privacy",)
+    changed = verdict.override({"privacy": "safe", "fairness": "low"}, TAXONOMY)
+    assert (changed.bands["privacy"], changed.bands["fairness"]) == ("clean", "risky")
+    assert changed.problem(TAXONOMY) is None
+    assert verdict.bands["privacy"] == "review"
+
+
+@pytest.mark.parametrize(
+    ("bands", "named"),
+    [
+        ({"privacy": "review"}, "do not match"),
+        (dict.fromkeys(TAXONOMY.risk_types, "fine"), "unknown band"),
+        (dict.fromkeys(TAXONOMY.risk_types, "review"), "its band is review"),
+    ],
+)
+def test_bands_that_contradict_the_verdict_make_it_unusable(
+    bands: dict[str, Any], named: str
+) -> None:
+    verdict = Verdict.from_probs([image("clean", "safe")], TAXONOMY)
+    assert named in (replace(verdict, bands=bands).problem(TAXONOMY) or "")
+
+
+def test_a_broken_number_fails_a_calibrated_verdict_too(make_calibration: Any) -> None:
+    broken = seen({"safe": math.nan, "high": 1.0}, clean=1.0)
+    verdict = Verdict.from_probs([broken], TAXONOMY, make_calibration())
+    assert verdict.error and not verdict.bands and not verdict.scores
+
+
+def test_to_dict_tells_scores_and_bands(make_calibration: Any) -> None:
+    verdict = Verdict.from_probs([image("privacy", "high")], TAXONOMY, make_calibration())
+    told = json.loads(json.dumps(verdict.to_dict()))
+    assert told["bands"]["privacy"] == "risky"
+    assert told["scores"]["privacy"] == pytest.approx(0.8 * (1 - 0.2 / 3), abs=1e-6)

@@ -124,13 +124,10 @@ def write_report(
     if reliability is not None and reliability.confidence:
         bins, ece = calibration(reliability.confidence, reliability.correct)
         charts["reliability"] = figures.reliability(bins)
-    environment = Environment(
-        loader=PackageLoader("psa_vlm.evaluation", ""), autoescape=True, undefined=StrictUndefined
-    )
-    environment.policies["json.dumps_kwargs"] = {"allow_nan": False}
-    page = environment.get_template("report.html").render(
-        plotly=Markup(_plotly_js()),
-        charts=charts,
+    write_page(
+        path,
+        "report.html",
+        charts,
         finding=finding(scorecard),
         card=scorecard,
         methods={m: METHODS[m] for m in METHODS if any(row.method == m for row in scorecard.rows)},
@@ -146,7 +143,27 @@ def write_report(
         judge=judge.name,
         duration=_duration(scorecard.seconds),
     )
-    write_whole(path, page)
+
+
+def write_page(
+    path: str | Path, template: str, charts: Mapping[str, figures.Figure], **values: Any
+) -> None:
+    """Write one of this package's pages as one self-contained HTML file, whole or not at all.
+
+    Args:
+        template: its file.
+        charts: Plotly figures by the id of the element that each is drawn in.
+        values: what the template shows.
+
+    Raises:
+        MissingExtra: plotly is not installed.
+    """
+    environment = Environment(
+        loader=PackageLoader("psa_vlm.evaluation", ""), autoescape=True, undefined=StrictUndefined
+    )
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False}
+    page = environment.get_template(template)
+    write_whole(path, page.render(plotly=Markup(_plotly_js()), charts=charts, **values))
 
 
 def finding(scorecard: Scorecard) -> dict[str, Any]:

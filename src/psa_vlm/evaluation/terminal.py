@@ -33,7 +33,12 @@ def verdict_table(verdict: Verdict) -> Table:
                 )
                 name = ""
             table.add_section()
+    notes = []
+    for band, words in (("risky", "surely risky"), ("review", "to be reviewed")):
+        if names := [name for name, found in verdict.bands.items() if found == band]:
+            notes.append(f"{words}: {', '.join(names).replace('_', ' ')}")
     if verdict.overridden:
         given = ", ".join(f"{name}: {verdict.concepts[name]}" for name in verdict.overridden)
-        table.caption = f"overridden: {given}"
+        notes.append(f"overridden: {given}")
+    table.caption = "\n".join(notes) or None
     return table

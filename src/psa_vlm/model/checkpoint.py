@@ -7,6 +7,7 @@ Layout of a run folder:
     safety_tokens.safetensors   safety tokens (2): `rows` [K, D] of the embedding
     processor/                  tokenizer and chat template with the safety tokens
     adapter/                    LoRA of stage II, where there is one (PEFT's own layout)
+Beside these lie policy.yaml and, where there is one, calibration.json; see `psa_vlm.inference`.
 """
 
 from __future__ import annotations

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
 from psa_vlm.errors import InputError, VerdictError
+from psa_vlm.model.calibration import Band, Calibration
 from psa_vlm.taxonomy import Taxonomy
 
 SUM_TOLERANCE = 1e-2
@@ -61,11 +62,32 @@ class ImageVerdict:
                 return "evidence is not within 0 and 1"
         return None
 
-    def concepts(self, taxonomy: Taxonomy) -> dict[str, str]:
-        """Risk type -> level: the most probable type at the most probable level, the rest safe."""
+    def scores(self, taxonomy: Taxonomy) -> dict[str, float]:
+        """Risk type -> its risk score, P(type) times P(level above safe)."""
+        above = sum(p for name, p in self.level_probs.items() if name != taxonomy.safe_level)
+        return {name: self.type_probs[name] * above for name in taxonomy.risk_types}
+
+    def concepts(
+        self, taxonomy: Taxonomy, calibration: Calibration | None = None
+    ) -> dict[str, str]:
+        """Risk type -> level.
+
+        Without a calibration: the most probable type at the most probable level, the rest safe.
+        With one: every type that is surely clean is safe, and no other is; of those, the one with
+        the highest score has the most probable level above safe, the rest the lowest above safe.
+        """
         found = {name: taxonomy.safe_level for name in taxonomy.risk_types}
-        if self.type != taxonomy.clean:
-            found[self.type] = self.level
+        if calibration is None:
+            if self.type != taxonomy.clean:
+                found[self.type] = self.level
+            return found
+        scores = self.scores(taxonomy)
+        flagged = [name for name in scores if calibration.band(name, scores[name]) != "clean"]
+        found |= dict.fromkeys(flagged, taxonomy.levels[1])
+        if flagged:
+            worst_first = reversed(taxonomy.levels[1:])
+            likeliest = max(flagged, key=lambda name: scores[name])
+            found[likeliest] = max(worst_first, key=lambda name: self.level_probs[name])
         return found
 
     def to_dict(self) -> dict[str, Any]:
@@ -94,6 +116,9 @@ class Verdict:
         error: why the verdict could not be computed, or None.
         overridden: the risk types whose level was given by the caller, not predicted.
         worst: index of the image that decided (highest level, then first), None after an error.
+        scores: risk type -> calibrated risk score, the highest over the images; empty without a
+            calibration.
+        bands: risk type -> surely clean, review or surely risky; empty without a calibration.
     """
 
     images: tuple[ImageVerdict, ...]
@@ -101,13 +126,21 @@ class Verdict:
     error: str | None = None
     overridden: frozenset[str] = frozenset()
     worst: int | None = None
+    scores: Mapping[str, float] = field(default_factory=dict)
+    bands: Mapping[str, Band] = field(default_factory=dict)
 
     @classmethod
-    def from_probs(cls, images: Iterable[ImageVerdict], taxonomy: Taxonomy) -> Verdict:
+    def from_probs(
+        cls,
+        images: Iterable[ImageVerdict],
+        taxonomy: Taxonomy,
+        calibration: Calibration | None = None,
+    ) -> Verdict:
         """Join the verdicts on the images of one request.
 
         Names are put in the taxonomy's order, with clean last so that a tie is a risk. Anything
         but a probability distribution over exactly the taxonomy's names gives a failed verdict.
+        A calibration adds scores and bands; its temperatures are already in the probabilities.
         """
         images = tuple(images)
         if not images:
@@ -124,13 +157,18 @@ class Verdict:
             )
             for image in images
         )
-        found = [image.concepts(taxonomy) for image in images]
+        found = [image.concepts(taxonomy, calibration) for image in images]
         rank = taxonomy.levels.index
         concepts = {
             name: max((one[name] for one in found), key=rank) for name in taxonomy.risk_types
         }
         height = [max(map(rank, one.values())) for one in found]
-        return cls(images, concepts, worst=height.index(max(height)))
+        verdict = cls(images, concepts, worst=height.index(max(height)))
+        if calibration is None:
+            return verdict
+        by_image = [image.scores(taxonomy) for image in images]
+        scores = {name: max(one[name] for one in by_image) for name in taxonomy.risk_types}
+        return replace(verdict, scores=scores, bands=calibration.bands(scores))
 
     @classmethod
     def failed(cls, reason: str, images: Iterable[ImageVerdict] = ()) -> Verdict:
@@ -140,7 +178,7 @@ class Verdict:
     def override(self, concepts: Mapping[str, str], taxonomy: Taxonomy) -> Verdict:
         """The same verdict with the named risk types at the given levels (an intervention).
 
-        An error stays an error.
+        What is given is sure: it is under review no longer. An error stays an error.
 
         Raises:
             InputError: a name is not a risk type or a level of the taxonomy.
@@ -152,7 +190,12 @@ class Verdict:
                 raise InputError(f"concepts: '{name}' is not a risk type; use one of {known}")
             given[name] = taxonomy.levels[taxonomy.level_id(level)]
         merged = {**self.concepts, **given}
-        return replace(self, concepts=merged, overridden=self.overridden | given.keys())
+        bands = dict(self.bands)
+        for name in given.keys() & bands.keys():
+            bands[name] = "clean" if given[name] == taxonomy.safe_level else "risky"
+        return replace(
+            self, concepts=merged, overridden=self.overridden | given.keys(), bands=bands
+        )
 
     def problem(self, taxonomy: Taxonomy) -> str | None:
         """Why this verdict can not be used under `taxonomy`, or None if it can.
@@ -172,7 +215,19 @@ class Verdict:
         for name, level in self.concepts.items():
             if level not in taxonomy.levels:
                 return f"concept {name} has an unknown level: {level}"
+        if self.bands and set(self.bands) != set(taxonomy.risk_types):
+            return "bands do not match the taxonomy"
+        for name, band in self.bands.items():
+            if band not in get_args(Band):
+                return f"concept {name} has an unknown band: {band}"
+            if band != "clean" and self.concepts[name] == taxonomy.safe_level:
+                return f"concept {name} is {taxonomy.safe_level} but its band is {band}"
         return None
+
+    @property
+    def review(self) -> tuple[str, ...]:
+        """The risk types that the calibration is not sure about."""
+        return tuple(name for name, band in self.bands.items() if band == "review")
 
     @property
     def type(self) -> str | None:
@@ -190,6 +245,8 @@ class Verdict:
             "type": self.type,
             "level": self.level,
             "concepts": dict(self.concepts),
+            "scores": {name: _number(value) for name, value in self.scores.items()},
+            "bands": dict(self.bands),
             "overridden": sorted(self.overridden),
             "worst": self.worst,
             "error": self.error,
