@@ -130,6 +130,10 @@ def test_assess_takes_a_shipped_policy_and_a_language(
     decision = json.loads(assess(*high, mine, "--language", "de").out)["decision"]
     assert decision["refusal"] == "Nein."
     assert decision["source"]["comment"] == "not left to the language model"
+    shown = assess(picture, "--text", "Hi", "--concept", "fairness=high", "--policy", "strict")
+    told = " ".join(shown.out.split())  # the terminal breaks long lines
+    assert "refuse by rule *.high: fairness at level high" in told
+    assert "policies/strict.yaml:10: not left to the language model)" in told
 
 
 # --- policies ------------------------------------------------------------------------------------

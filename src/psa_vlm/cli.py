@@ -14,7 +14,7 @@ from psa_vlm.errors import InputError, PsaVlmError
 
 if TYPE_CHECKING:
     from psa_vlm.inference import PsaVlm, Reply
-    from psa_vlm.policy.policy import Policy
+    from psa_vlm.policy.policy import Decision, Policy
     from psa_vlm.taxonomy import Taxonomy
 
 app = typer.Typer(
@@ -115,10 +115,18 @@ def _show(reply: Reply) -> None:
     from rich.console import Console
     from rich.markup import escape
 
-    console, decision = Console(), reply.decision
+    console = Console()
     console.print(escape(reply.text))
+    console.print(f"[dim]{escape(_told(reply.decision))}[/dim]")
+
+
+def _told(decision: Decision) -> str:
+    """What was done, by which rule, and where that rule is written."""
     found = decision.reason or "nothing risky found"
-    console.print(f"[dim]{decision.action} by rule {escape(decision.rule)}: {escape(found)}[/dim]")
+    told = f"{decision.action} by rule {decision.rule}: {found}"
+    if (source := decision.source) is None:
+        return told
+    return f"{told} ({source}{f': {source.comment}' if source.comment else ''})"
 
 
 @app.command()
@@ -184,7 +192,7 @@ def assess(
 
     console = Console()
     console.print(verdict_table(verdict))
-    console.print(f"[bold]{decision.action}[/bold] by rule {decision.rule}: {decision.reason}")
+    console.print(_told(decision), markup=False)
 
 
 @app.command()
