@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psa_vlm.errors import PolicyError
@@ -195,6 +195,7 @@ def test_no_concept_is_treated_more_severely_than_the_whole(
     assert together == max(alone, key=SEVERITY.index)
 
 
+@settings(max_examples=30)
 @given(policies)
 def test_yaml_keeps_the_policy(tmp_path_factory: pytest.TempPathFactory, policy: Policy) -> None:
     path = tmp_path_factory.mktemp("policy") / "policy.yaml"
@@ -296,6 +297,8 @@ def test_every_mistake_gets_its_line(tmp_path: Path) -> None:
     [
         ("a: [", "policy:1: not valid YAML"),
         ("name: a\nb: @", "policy:2: not valid YAML"),
+        ('name: a\ninherits: strict\nrules: &r {"*": *r}', "policy:3: rules"),
+        ("name: a\n---\nname: b", "policy:2: not valid YAML"),
         ("a: 2001-99-99", "policy: not valid YAML: month must be in 1..12"),
         ("[" * 1000, "not valid YAML"),
         ("a: \x00", "policy: not valid YAML"),
