@@ -57,7 +57,7 @@ HEAVY = [
 ]
 
 LAYERS = [
-    {"errors", "progress", "taxonomy"},
+    {"errors", "progress", "strict_yaml", "taxonomy"},
     {"data"},
     {"model"},
     {"policy"},
