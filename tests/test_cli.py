@@ -67,7 +67,8 @@ def one_line(outcome: Outcome, *words: str, code: int = 2) -> None:
 def test_help_names_every_command(psa: Psa) -> None:
     outcome = psa("--help")
     assert outcome.code == 0
-    for command in ("demo", "train", "assess", "chat", "evaluate", "calibrate", "testbed"):
+    commands = ("demo", "train", "assess", "chat", "evaluate", "calibrate", "policy", "testbed")
+    for command in commands:
         assert command in outcome.out
 
 
@@ -118,6 +119,74 @@ def test_chat_answers_one_question_and_remembers_a_conversation(
     talk = psa("chat", picture, "--model", run_dir, "--max-new-tokens", 8, "--json")
     assert talk.code == 0
     assert talk.out.count('"decision"') == 2
+
+
+def test_assess_takes_a_shipped_policy_and_a_language(
+    assess: Psa, picture: Path, tmp_path: Path
+) -> None:
+    high = (picture, "--text", "Hi", "--concept", "fairness=high", "--json", "--policy")
+    assert json.loads(assess(*high, "strict").out)["decision"]["action"] == "refuse"
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("name: mine\ninherits: strict\nlanguages: {de: {refusal: Nein.}}\n")
+    decision = json.loads(assess(*high, mine, "--language", "de").out)["decision"]
+    assert decision["refusal"] == "Nein."
+    assert decision["source"]["comment"] == "not left to the language model"
+    shown = assess(picture, "--text", "Hi", "--concept", "fairness=high", "--policy", "strict")
+    told = " ".join(shown.out.split())  # the terminal breaks long lines
+    assert "refuse by rule *.high: fairness at level high" in told
+    assert "policies/strict.yaml:10: not left to the language model)" in told
+
+
+# --- policies ------------------------------------------------------------------------------------
+
+
+def test_policy_check(psa: Psa, tmp_path: Path) -> None:
+    fine = psa("policy", "check", "strict")
+    assert (fine.code, fine.out) == (
+        0,
+        "strict: policy strict has an action for each of 18 cells\n",
+    )
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("name: mine\ninherits: default\noff: [weather]\n")
+    one_line(psa("policy", "check", mine), f"{mine}:3: off.weather: not a risk type; use one of")
+    one_line(psa("policy", "check", "lax"), "lax: no such file", "strict")
+
+
+def test_policy_check_takes_another_taxonomy(psa: Psa, tmp_path: Path) -> None:
+    words = Taxonomy(types=("weather", "clean"), levels=("safe", "low"), clean="clean")
+    words.to_yaml(tmp_path / "words.yaml")
+    mine = tmp_path / "mine.yaml"
+    texts = "hints: {low: Mind it.}\nrefusal: No.\nrefusal_error: No.\n"
+    mine.write_text("name: mine\nrules: {weather: {low: hint}}\n" + texts)
+    assert psa("policy", "check", mine).code == 2
+    assert psa("policy", "check", mine, "--taxonomy", tmp_path / "words.yaml").code == 0
+
+
+def test_policy_show(psa: Psa, tmp_path: Path) -> None:
+    shown = psa("policy", "show", "captcha-allowed")
+    assert shown.code == 0
+    assert "allow (off)" in shown.out and "illegal risk" in shown.out
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("name: mine\ninherits: default\ntenants: {acme: {off: [privacy]}}\n")
+    for tenant, rule in (([], "*.low"), (["--tenant", "acme"], "off.privacy")):
+        told = json.loads(psa("policy", "show", mine, *tenant, "--json").out)
+        cells = {(cell["type"], cell["level"]): cell["rule"] for cell in told["cells"]}
+        assert cells["privacy", "low"] == rule
+    one_line(psa("policy", "show", mine, "--tenant", "acne"), "no tenant 'acne'", "acme")
+
+
+def test_policy_diff_ends_like_diff(psa: Psa) -> None:
+    same = psa("policy", "diff", "strict", "strict")
+    assert (same.code, same.out) == (0, "")
+    told = psa("policy", "diff", "default", "captcha-allowed", "--json")
+    assert told.code == 1
+    assert json.loads(told.out)[0] == {"what": "privacy.low", "before": "hint", "after": "allow"}
+    assert "privacy.low" in psa("policy", "diff", "default", "captcha-allowed").out
+    assert psa("policy", "diff", "default", "lax").code == 2
+
+
+def test_policy_schema(psa: Psa) -> None:
+    assert "inherits" in json.loads(psa("policy", "schema").out)["properties"]
 
 
 # --- bad input -----------------------------------------------------------------------------------

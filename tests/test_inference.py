@@ -116,6 +116,15 @@ def test_a_policy_switches_one_type_off_alone(
     assert model.reply(picture, "Read it.", lenient).decision.action == "refuse"
 
 
+def test_a_refusal_speaks_the_language_of_the_request(
+    model: PsaVlm, picture: Path, refusing: Policy
+) -> None:
+    policy = refusing.model_copy(update={"languages": {"de": {"refusal": "Nein: {type}."}}})
+    see(model, "fairness", "high")
+    assert model.reply(picture, "Lies es.", policy, language="de-AT").text == "Nein: fairness."
+    assert model.reply(picture, "Read it.", policy).text.startswith("Sorry")
+
+
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
 def test_a_verdict_that_is_no_number_refuses(model: PsaVlm, picture: Path, broken: float) -> None:
     with torch.no_grad():

@@ -14,7 +14,8 @@ from psa_vlm.errors import InputError, PsaVlmError
 
 if TYPE_CHECKING:
     from psa_vlm.inference import PsaVlm, Reply
-    from psa_vlm.policy.policy import Policy
+    from psa_vlm.policy.policy import Decision, Policy
+    from psa_vlm.taxonomy import Taxonomy
 
 app = typer.Typer(
     help="Attach a readable safety bottleneck to a vision-language model, train it, and run it.",
@@ -23,8 +24,10 @@ app = typer.Typer(
     add_completion=False,
 )
 train_app = typer.Typer(help="Train a run: stage I, then stage II.", no_args_is_help=True)
+policy_app = typer.Typer(help="Check, read and compare policies.", no_args_is_help=True)
 testbed_app = typer.Typer(help="The embedded small world and its base model.", no_args_is_help=True)
 app.add_typer(train_app, name="train")
+app.add_typer(policy_app, name="policy")
 app.add_typer(testbed_app, name="testbed")
 
 
@@ -45,7 +48,15 @@ Config = Annotated[Path, typer.Argument(help="A YAML file; see configs/.")]
 Set = Annotated[
     list[str] | None, typer.Option("--set", help="Override a field, as in concepts.epochs=3.")
 ]
-PolicyFile = Annotated[Path | None, typer.Option("--policy", help="A policy file.")]
+NAMED_POLICY = "A policy file, or the name of a shipped policy."
+PolicyOption = Annotated[str | None, typer.Option("--policy", help=NAMED_POLICY)]
+PolicyArgument = Annotated[str, typer.Argument(help=NAMED_POLICY)]
+TaxonomyFile = Annotated[
+    Path | None, typer.Option("--taxonomy", help="A taxonomy file; default: the paper's.")
+]
+Language = Annotated[
+    str | None, typer.Option(help="Of hints and refusals, as in de; default: the policy's own.")
+]
 Concepts = Annotated[
     list[str] | None,
     typer.Option("--concept", help="Override a concept, as in illegal_risk=high."),
@@ -57,10 +68,21 @@ def _print(data: Any) -> None:
     typer.echo(json.dumps(data, indent=2, ensure_ascii=False))
 
 
-def _policy(path: Path | None) -> Policy | None:
+def _policy(named: str | None) -> Policy | None:
     from psa_vlm.policy.policy import Policy
 
-    return None if path is None else Policy.from_yaml(path)
+    return None if named is None else Policy.load(named)
+
+
+def _checked(named: str, taxonomy: Path | None) -> tuple[Policy, Taxonomy]:
+    """A policy that fits the taxonomy."""
+    from psa_vlm.policy.policy import Policy
+    from psa_vlm.taxonomy import Taxonomy
+
+    words = Taxonomy.from_yaml(taxonomy) if taxonomy else Taxonomy.default()
+    policy = Policy.load(named)
+    policy.check(words)
+    return policy, words
 
 
 def _concepts(pairs: list[str] | None) -> dict[str, str]:
@@ -93,10 +115,18 @@ def _show(reply: Reply) -> None:
     from rich.console import Console
     from rich.markup import escape
 
-    console, decision = Console(), reply.decision
+    console = Console()
     console.print(escape(reply.text))
+    console.print(f"[dim]{escape(_told(reply.decision))}[/dim]")
+
+
+def _told(decision: Decision) -> str:
+    """What was done, by which rule, and where that rule is written."""
     found = decision.reason or "nothing risky found"
-    console.print(f"[dim]{decision.action} by rule {escape(decision.rule)}: {escape(found)}[/dim]")
+    told = f"{decision.action} by rule {decision.rule}: {found}"
+    if (source := decision.source) is None:
+        return told
+    return f"{told} ({source}{f': {source.comment}' if source.comment else ''})"
 
 
 @app.command()
@@ -141,8 +171,9 @@ def assess(
     image: Annotated[list[Path], typer.Argument(help="One image or several.")],
     text: Annotated[str, typer.Option(help="What is asked about the image.")],
     model: Model = DEMO_RUN,
-    policy: PolicyFile = None,
+    policy: PolicyOption = None,
     concept: Concepts = None,
+    language: Language = None,
     base: Base = None,
     as_json: Json = False,
 ) -> None:
@@ -151,7 +182,7 @@ def assess(
     verdict = vlm.assess(image, text)
     if overrides := _concepts(concept):
         verdict = verdict.override(overrides, vlm.taxonomy)
-    decision = (_policy(policy) or vlm.policy).decide(verdict, vlm.taxonomy)
+    decision = (_policy(policy) or vlm.policy).decide(verdict, vlm.taxonomy, language)
     if as_json:
         _print({"verdict": verdict.to_dict(), "decision": decision.to_dict()})
         return
@@ -161,7 +192,7 @@ def assess(
 
     console = Console()
     console.print(verdict_table(verdict))
-    console.print(f"[bold]{decision.action}[/bold] by rule {decision.rule}: {decision.reason}")
+    console.print(_told(decision), markup=False)
 
 
 @app.command()
@@ -169,8 +200,9 @@ def chat(
     model: Model = DEMO_RUN,
     image: Annotated[list[Path] | None, typer.Argument(help="Images to talk about.")] = None,
     text: Annotated[str | None, typer.Option(help="Ask this and stop.")] = None,
-    policy: PolicyFile = None,
+    policy: PolicyOption = None,
     concept: Concepts = None,
+    language: Language = None,
     base: Base = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.", min=1)] = 256,
     as_json: Json = False,
@@ -184,7 +216,9 @@ def chat(
         question = text if text is not None else typer.prompt("you", default="", show_default=False)
         if text is None and not question.strip():
             return
-        reply = vlm.reply(image or [], question, rules, overrides, history, max_new_tokens)
+        reply = vlm.reply(
+            image or [], question, rules, overrides, history, max_new_tokens, language
+        )
         if as_json:
             _print(reply.to_dict())
         else:
@@ -264,6 +298,64 @@ def calibrate(
     else:
         Console().print(table(calibration, vlm.taxonomy))
         Console().print(f"calibration: {run / FILE}   report: {page}")
+
+
+@policy_app.command("check")
+def policy_check(policy: PolicyArgument, taxonomy: TaxonomyFile = None) -> None:
+    """Say whether a policy can be used: exit code 0 if so, or 2 and a line for each mistake."""
+    rules, words = _checked(policy, taxonomy)
+    cells = len(words.risk_types) * (len(words.levels) - 1)
+    typer.echo(f"{policy}: policy {rules.name} has an action for each of {cells} cells")
+
+
+@policy_app.command("show")
+def policy_show(
+    policy: PolicyArgument,
+    tenant: Annotated[str | None, typer.Option(help="As this tenant has it.")] = None,
+    taxonomy: TaxonomyFile = None,
+    as_json: Json = False,
+) -> None:
+    """What is done for each risk type and level, and where that is written."""
+    from rich.console import Console
+
+    from psa_vlm.policy import overview
+
+    rules, words = _checked(policy, taxonomy)
+    rules = rules if tenant is None else rules.for_tenant(tenant)
+    if as_json:
+        _print(overview.to_dict(rules, words))
+    else:
+        Console().print(overview.view(rules, words))
+
+
+@policy_app.command("diff")
+def policy_diff(
+    first: PolicyArgument,
+    second: PolicyArgument,
+    taxonomy: TaxonomyFile = None,
+    as_json: Json = False,
+) -> None:
+    """What changes from one policy to another: exit code 1 if anything does, else 0."""
+    from rich.console import Console
+
+    from psa_vlm.policy import overview
+
+    before, words = _checked(first, taxonomy)
+    after, _ = _checked(second, taxonomy)
+    changes = overview.diff(before, after, words)
+    if as_json:
+        _print([change.to_dict() for change in changes])
+    elif changes:
+        Console().print(overview.diff_table(changes))
+    raise typer.Exit(1 if changes else 0)
+
+
+@policy_app.command("schema")
+def policy_schema() -> None:
+    """The JSON Schema of a policy file, for an editor."""
+    from psa_vlm.policy.policy import Policy
+
+    _print(Policy.json_schema())
 
 
 @testbed_app.command("build-base")

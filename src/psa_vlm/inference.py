@@ -245,6 +245,7 @@ class PsaVlm:
         concepts: Mapping[str, str] | None = None,
         history: Sequence[Turn] = (),
         max_new_tokens: int = MAX_NEW_TOKENS,
+        language: str | None = None,
     ) -> Reply:
         """Answer, answer with a hint, or refuse, as the policy says.
 
@@ -256,12 +257,15 @@ class PsaVlm:
                 `{"illegal_risk": "high"}` (the bottleneck's intervention).
             history: earlier turns; the user's count for the verdict too.
             max_new_tokens: most tokens of an answer.
+            language: of the policy's texts, as in "de"; None means its own.
 
         Raises:
             InputError: an image can't be used, the text is empty or too long, or a concept has no
                 such name or level.
         """
-        return self.reply_batch([images], [text], policy, concepts, [history], max_new_tokens)[0]
+        return self.reply_batch(
+            [images], [text], policy, concepts, [history], max_new_tokens, language
+        )[0]
 
     @torch.inference_mode()
     def reply_batch(
@@ -272,6 +276,7 @@ class PsaVlm:
         concepts: Mapping[str, str] | None = None,
         histories: Sequence[Sequence[Turn]] | None = None,
         max_new_tokens: int = MAX_NEW_TOKENS,
+        language: str | None = None,
     ) -> list[Reply]:
         """`reply` for many requests: one vision pass, one generation for all that are answered."""
         policy = policy or self.policy
@@ -289,7 +294,7 @@ class PsaVlm:
             else:
                 if concepts:
                     verdict = verdict.override(concepts, self.taxonomy)
-                decision = policy.decide(verdict, self.taxonomy)
+                decision = policy.decide(verdict, self.taxonomy, language)
             if decision.action == "refuse":
                 replies[i] = Reply(decision.refusal or "", verdict, decision)
             else:

@@ -157,7 +157,7 @@ class Stage1Config(RunConfig):
     taxonomy: Path | None = None
     """YAML file of types and levels; null is the paper's."""
     policy: Path | None = None
-    """YAML file that the run is saved with; null is the paper's behaviour."""
+    """YAML file or shipped name that the run is saved with; null is the paper's behaviour."""
     concepts: ConceptsConfig = ConceptsConfig()
     tokens: TokensConfig = TokensConfig()
 
@@ -171,7 +171,8 @@ class Stage2Config(RunConfig):
     model: Path
     """Run folder of stage I."""
     policy: Path | None = None
-    """YAML file that hints are drawn from, and that the run is saved with; null is stage I's."""
+    """YAML file or shipped name: hints are drawn from it, and the run is saved with it; null is
+    stage I's."""
     hint_dropout: float = Field(default=0.0, ge=0, le=1)
     """Share of samples whose hint is withheld, so that the image alone must do."""
     assess_batch: int = Field(default=16, ge=1)

@@ -41,7 +41,7 @@ def run_stage2(config: Stage2Config, samples: Sequence[Sample] | None = None) ->
         run.clean()
         return PsaVlm.from_pretrained(run.out, dtype=dtype, device=device())
     if config.policy:
-        model.policy = Policy.from_yaml(config.policy)
+        model.policy = Policy.load(config.policy)
         model.policy.check(model.taxonomy)
     work = run.work("lora")
     with main_first():
