@@ -361,16 +361,13 @@ def policy_schema() -> None:
 @testbed_app.command("build-base")
 def build_base(
     out: Annotated[Path, typer.Argument(help="Folder for the checkpoint.")] = Path("runs/base"),
-    encoder_steps: Annotated[int, typer.Option(help="Batches for the vision encoder.")] = 1400,
-    palette_steps: Annotated[int, typer.Option(help="Then batches in other palettes.")] = 1000,
-    dialogue_steps: Annotated[int, typer.Option(help="Batches for the dialogues.")] = 1000,
     seed: Annotated[int, typer.Option(help="Of weights and data.")] = 0,
 ) -> None:
     """Train the base model from nothing (under two hours on two cores) and measure the premise."""
-    from psa_vlm.testbed.base_vlm import build_base
+    from psa_vlm.testbed.base_vlm import Steps, build_base
 
     _quiet()
-    build_base(out, encoder_steps, palette_steps, dialogue_steps, seed)
+    build_base(out, Steps(), seed)
     premise(out)
 
 

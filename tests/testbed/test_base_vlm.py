@@ -54,12 +54,13 @@ def test_the_model_that_code_builds_has_the_shipped_shape(base: Backbone) -> Non
     assert {n: t.shape for n, t in built.items()} == {n: t.shape for n, t in shipped.items()}
 
 
-def test_a_base_model_is_built_in_three_steps_that_a_second_call_finds_done(
+def test_a_base_model_is_built_in_parts_that_a_second_call_finds_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base_vlm.build_base(tmp_path, 1, 1, 1)
+    steps = base_vlm.Steps(1, 1, 1, 1, 1)
+    base_vlm.build_base(tmp_path, steps)
     built = Backbone.from_pretrained(tmp_path).model.state_dict()
     monkeypatch.setattr(base_vlm, "fit", lambda *arguments: pytest.fail("trained again"))
-    base_vlm.build_base(tmp_path, 1, 1, 1)
+    base_vlm.build_base(tmp_path, steps)
     again = Backbone.from_pretrained(tmp_path).model.state_dict()
     assert all(torch.equal(built[name], again[name]) for name in built)

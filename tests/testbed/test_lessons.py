@@ -15,6 +15,7 @@ from psa_vlm.testbed.lessons import (
     DialogueBatches,
     any_scene,
     image_exchange,
+    naming_batch,
     patch_tags,
     pixels,
     tag_sizes,
@@ -76,12 +77,29 @@ def test_a_talk_in_a_row_is_what_it_is_alone(base: Backbone) -> None:
 
 @pytest.mark.parametrize("images", [0.0, 1.0])
 def test_a_batch_has_its_loss_on_the_answers_alone(base: Backbone, images: float) -> None:
-    batch = DialogueBatches(base.processor, images, rows=3, talks=2)(Random(5))
+    batch = DialogueBatches(base.processor, images=images, rows=3, talks=2)(Random(5))
     told = batch["labels"] != -100
     assert torch.equal(batch["labels"][told], batch["input_ids"][told])
     text = base.tokenizer.decode(batch["labels"][0][told[0]])
     assert text.endswith("<|end|>") and "<|user|>" not in text
     assert ("pixel_values" in batch) == bool(images)
+
+
+def test_looking_asks_for_what_is_to_be_found(base: Backbone) -> None:
+    batch = DialogueBatches(base.processor, looking=True, rows=4, talks=3)(Random(6))
+    told = batch["labels"][batch["labels"] != -100]
+    answers = base.tokenizer.decode(told).split("<|end|>")[:-1]
+    assert len(answers) == 12
+    assert not any(answer.startswith(("sorry", "sure", "i see")) for answer in answers)
+
+
+def test_a_patch_is_named_by_what_it_shows(base: Backbone) -> None:
+    batch = naming_batch(Random(7), base.tokenizer, scenes=2)
+    scenes = [any_scene(rng) for rng in [Random(7)] for _ in range(2)]
+    for words, scene in zip(batch["words"], scenes, strict=True):
+        shown = {item.word or item.name for item in scene.items}
+        ids = {base.tokenizer.convert_tokens_to_ids(word) for word in shown}
+        assert set(words.tolist()) - {-100} == ids
 
 
 def test_no_risky_image_is_refused_in_training() -> None:

@@ -85,10 +85,13 @@ class ImageVerdict:
         flagged = [name for name in scores if calibration.band(name, scores[name]) != "clean"]
         found |= dict.fromkeys(flagged, taxonomy.levels[1])
         if flagged:
-            worst_first = reversed(taxonomy.levels[1:])
             likeliest = max(flagged, key=lambda name: scores[name])
-            found[likeliest] = max(worst_first, key=lambda name: self.level_probs[name])
+            found[likeliest] = self.risky_level(taxonomy)
         return found
+
+    def risky_level(self, taxonomy: Taxonomy) -> str:
+        """The most probable level above safe; of equals, the worst."""
+        return max(reversed(taxonomy.levels[1:]), key=lambda name: self.level_probs[name])
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; a number that is not finite becomes None."""

@@ -342,16 +342,11 @@ class Policy(BaseModel):
         return Decision("refuse", VERDICT_ERROR, refusal=text.format(reason=reason), reason=reason)
 
 
-def risk_probability(image: ImageVerdict, type: str, taxonomy: Taxonomy) -> float:
-    """How probable a risk type is at a level above safe: P(type) times P(level above safe)."""
-    return image.type_probs[type] * sum(image.level_probs[name] for name in taxonomy.levels[1:])
-
-
 def level_at(image: ImageVerdict, type: str, threshold: float, taxonomy: Taxonomy) -> str:
     """The level of a risk type in one image under a threshold.
 
     Safe below the threshold; from it on the most probable level above safe, of equals the worst.
     """
-    if risk_probability(image, type, taxonomy) < threshold:
+    if image.scores(taxonomy)[type] < threshold:
         return taxonomy.safe_level
-    return max(reversed(taxonomy.levels[1:]), key=lambda level: image.level_probs[level])
+    return image.risky_level(taxonomy)

@@ -1,20 +1,23 @@
 """The testbed's base model: a standard LLaVA that was safety-aligned in words only.
 
-Three steps, all on `transformers.Trainer` and resumable: the vision encoder learns to tag what each
-patch shows; it goes on with scenes in other palettes, so that an art style matters less; then the
-projector and the language model learn to talk about what the frozen encoder sees (with text-only
-safety, and with hints in words and beside harmless images). No risky image is ever refused.
+Five parts, all on `transformers.Trainer` and resumable. The vision encoder learns to tag what each
+patch shows, and goes on with scenes in other palettes, so that an art style matters less. From then
+on it is frozen: the projector learns to name patches, and with it the language model learns to look
+for what a question names, and at last to talk (with text-only safety, and with hints in words and
+beside harmless images). No risky image is ever refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import torch
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 from transformers import (
@@ -35,6 +38,7 @@ from psa_vlm.testbed.lessons import (
     PATCH,
     DialogueBatches,
     Lessons,
+    naming_batch,
     tag_sizes,
     tagging_batch,
 )
@@ -158,8 +162,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenera
     )
     model = LlavaForConditionalGeneration(config)
     for layer in model.model.language_model.layers:
-        # Equal queries and keys let a word find its like from the first step on; found by training
-        # alone, that takes thousands of steps in which questions about an image are guessed.
+        # Equal queries and keys let a word find its like from the first step on.
         nn.init.normal_(layer.self_attn.q_proj.weight, std=0.05)
         layer.self_attn.k_proj.load_state_dict(layer.self_attn.q_proj.state_dict())
     model.generation_config.eos_token_id = tokenizer.eos_token_id
@@ -191,67 +194,93 @@ class PatchTagger(Task):
         return {"loss": torch.stack(losses).sum()}
 
 
-class Talker(Task):
-    """The language-model loss, and one that gives a projected patch the embedding of its word.
+class PatchNamer(Task):
+    """The projector learns to give a patch the embedding of the word for what it shows.
 
-    Where a patch is close to the word for what it shows, "is there a boat" is a comparison that
-    the language model can learn once for all things, instead of for each.
+    "Is there a boat" is then a comparison, which the language model learns once for all things.
     """
+
+    known: Tensor
+
+    def __init__(self, model: LlavaForConditionalGeneration) -> None:
+        super().__init__()
+        self.tower: nn.Module = model.model.vision_tower
+        self.projector: nn.Module = model.model.multi_modal_projector
+        embeddings = model.get_input_embeddings().weight.detach()  # [V, D]
+        self.register_buffer("known", nn.functional.normalize(embeddings, dim=-1))
+
+    def forward(self, pixel_values: Tensor, words: Tensor) -> dict[str, Tensor]:
+        """Args: pixel_values [B, 3, S, S]; words [B, N] token ids, -100 for background."""
+        patches = self.projector(self.tower(pixel_values).last_hidden_state[:, 1:])  # [B, N, D]
+        logits = 4 * patches @ self.known.T
+        return {"loss": nn.functional.cross_entropy(logits.flatten(0, 1), words.flatten())}
+
+
+class Talker(Task):
+    """The language-model loss of the whole model."""
 
     def __init__(self, model: LlavaForConditionalGeneration) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, words: Tensor | None = None, **batch: Tensor) -> dict[str, Tensor]:
+    def forward(self, **batch: Tensor) -> dict[str, Tensor]:
         """Args: what `DialogueBatches` makes."""
-        output = self.model(**batch, use_cache=False)
-        loss = output.loss
-        if words is not None:
-            patches = nn.functional.normalize(output.image_hidden_states, dim=-1)  # [B * N, D]
-            known = nn.functional.normalize(self.model.get_input_embeddings().weight, dim=-1)
-            loss = loss + nn.functional.cross_entropy(10 * patches @ known.T, words.flatten())
-        return {"loss": loss}
+        return {"loss": self.model(**batch, use_cache=False).loss}
 
 
 # --- build ---------------------------------------------------------------------------------------
 
 
-def build_base(
-    out: Path, encoder_steps: int, palette_steps: int, dialogue_steps: int, seed: int = 0
-) -> Path:
+@dataclass(frozen=True)
+class Steps:
+    """How many batches each part of the base model's training takes."""
+
+    encoder: int = 1400
+    """Of 64 scenes, for the vision encoder."""
+    palettes: int = 1000
+    """The same, half of the scenes in other palettes."""
+    words: int = 150
+    """Of 32 scenes, for the projector."""
+    looking: int = 700
+    """Of 24 scenes with 8 questions each, for projector and language model."""
+    dialogues: int = 850
+    """Of 24 scenes, or of text alone, with 8 dialogues each."""
+
+
+def build_base(out: Path, steps: Steps, seed: int = 0) -> Path:
     """Train the base model from nothing and save it as a plain Hugging Face checkpoint.
 
-    Every step keeps checkpoints under `out/work`; the same call goes on where it was stopped.
+    Every part keeps checkpoints under `out/work`; the same call goes on where it was stopped.
 
     Args:
         out: folder for the checkpoint.
-        encoder_steps: batches of 64 scenes for the vision encoder.
-        palette_steps: the same with half of the scenes in other palettes.
-        dialogue_steps: batches of 24 scenes, or of text alone, with 8 dialogues each.
+        steps: how long to train.
         seed: of weights and data.
     """
     torch.manual_seed(seed)
     processor = build_processor()
     model = build_model(processor.tokenizer)
     work = out / "work"
-    tower = model.model.vision_tower
-    tagger = PatchTagger(tower)
-    lessons = Lessons(encoder_steps, seed, tagging_batch)
-    _step(tagger, tagger, lessons, work / "encoder", 1e-3, seed)
-    lessons = Lessons(palette_steps, seed + 1, partial(tagging_batch, repaint=0.5))
-    _step(tagger, tagger, lessons, work / "palettes", 1e-3, seed)
-    tower.requires_grad_(False)
-    lessons = Lessons(dialogue_steps, seed + 2, DialogueBatches(processor))
-    _step(Talker(model), model, lessons, work / "dialogues", 1.5e-3, seed)
+    tagger, talker = PatchTagger(model.model.vision_tower), Talker(model)
+    naming = partial(naming_batch, tokenizer=processor.tokenizer)
+    repainting = partial(tagging_batch, repaint=0.5)
+    parts: list[tuple[str, Task, int, Callable[[Random], dict[str, Tensor]], float]] = [
+        ("encoder", tagger, steps.encoder, tagging_batch, 1e-3),
+        ("palettes", tagger, steps.palettes, repainting, 1e-3),
+        ("words", PatchNamer(model), steps.words, naming, 2e-3),
+        ("looking", talker, steps.looking, DialogueBatches(processor, looking=True), 1e-3),
+        ("dialogues", talker, steps.dialogues, DialogueBatches(processor), 1.2e-3),
+    ]
+    for number, (name, task, count, make, rate) in enumerate(parts):
+        model.model.vision_tower.requires_grad_(task is tagger)
+        _step(task, Lessons(count, seed + number, make), work / name, rate, seed)
     model.save_pretrained(out)
     processor.save_pretrained(out)
     return out
 
 
-def _step(
-    task: Task, kept: nn.Module, lessons: Lessons, work: Path, rate: float, seed: int
-) -> None:
-    """Train, or take what an earlier call has trained; `kept` is what later steps build on."""
+def _step(task: Task, lessons: Lessons, work: Path, rate: float, seed: int) -> None:
+    """Train a part, or take what an earlier call has trained."""
     weights = work.with_suffix(".safetensors")
     if not weights.exists():
         schedule = Schedule(
@@ -265,6 +294,6 @@ def _step(
         )
         fit(task, lessons, lambda items: items[0], schedule, Work(work, seed, report_to=()))
         part = weights.with_suffix(".part")
-        save_model(kept, str(part))
+        save_file(task.state_dict(), part)
         part.rename(weights)
-    load_model(kept, str(weights))
+    task.load_state_dict(load_file(weights))
