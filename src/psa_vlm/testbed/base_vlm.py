@@ -206,8 +206,10 @@ class PatchNamer(Task):
         super().__init__()
         self.tower: nn.Module = model.model.vision_tower
         self.projector: nn.Module = model.model.multi_modal_projector
-        embeddings = model.get_input_embeddings().weight.detach()  # [V, D]
-        self.register_buffer("known", nn.functional.normalize(embeddings, dim=-1))
+        embeddings = model.get_input_embeddings()
+        assert isinstance(embeddings, nn.Embedding)
+        known = nn.functional.normalize(embeddings.weight.detach(), dim=-1)  # [V, D]
+        self.register_buffer("known", known)
 
     def forward(self, pixel_values: Tensor, words: Tensor) -> dict[str, Tensor]:
         """Args: pixel_values [B, 3, S, S]; words [B, N] token ids, -100 for background."""
