@@ -40,11 +40,10 @@ def test_counts_places_and_yes_or_no_agree_with_the_scene(seed: int) -> None:
         3 if "things" in question else 2 if "a cat" in question else 1 if "a dog" in question else 0
     )
     assert answer == f"I count {world().table['numbers'][number]}."
-    question, answer = dialogues.describe(rng, shown, "place")
-    if "dog" in question:
-        assert answer == "At the top right."
-    else:
-        assert ("A dog" in answer) == ("top right" in question)
+    question, answer = dialogues.describe(rng, shown, "where")
+    assert "dog" in question and answer == "At the top right."
+    question, answer = dialogues.describe(rng, shown, "what_at")
+    assert ("A dog" in answer) == ("top right" in question)
 
 
 def test_a_risky_request_in_words_is_refused_and_a_harmless_one_answered() -> None:

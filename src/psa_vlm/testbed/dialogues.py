@@ -77,15 +77,20 @@ def _count(rng: Random, scene: Scene) -> Exchange:
     )
 
 
-def _place(rng: Random, scene: Scene) -> Exchange:
+def _where(rng: Random, scene: Scene) -> Exchange:
     table, places = world().table["describe"], world().table["places"]
     single = [i for i in scene.items if scene.count(i.name) == 1 and i.name != SIGN]
-    if single and rng.random() < 0.5:
-        item = rng.choice(single)
-        return (
-            rng.choice(table["where"]).format(bare=item.name),
-            table["where_reply"].format(place=places[item.place]),
-        )
+    if not single:
+        return _what_at(rng, scene)
+    item = rng.choice(single)
+    return (
+        rng.choice(table["where"]).format(bare=item.name),
+        table["where_reply"].format(place=places[item.place]),
+    )
+
+
+def _what_at(rng: Random, scene: Scene) -> Exchange:
+    table, places = world().table["describe"], world().table["places"]
     item = rng.choice(scene.items)
     words = _named(item)
     return (
@@ -116,19 +121,23 @@ QUESTIONS: dict[str, Callable[[Random, Scene], Exchange]] = {
     "caption": _caption,
     "exists": _exists,
     "count": _count,
-    "place": _place,
+    "where": _where,
+    "what_at": _what_at,
     "read": _read,
     "main": _main,
     "sort": _sort,
 }
 
 
+LOOKING = ("exists", "count", "where", "what_at")
+"""Questions whose words have to be found in the image."""
+
+
 def describe(rng: Random, scene: Scene, question: str | None = None) -> Exchange:
     """A plain question about what is to be seen, and its right answer."""
     if question is None:
         usable = [q for q in QUESTIONS if q != "read" or scene.sign]
-        hard = ["caption", "exists", "count", "place"]  # so they are practised the most
-        question = rng.choice([*usable, *hard])
+        question = rng.choice([*usable, "caption", *LOOKING])  # these are practised the most
     return QUESTIONS[question](rng, scene)
 
 

@@ -127,13 +127,15 @@ def _risky_images(count: int, hinted: bool) -> list[Prompt]:
     return prompts
 
 
-def _questions(count: int, question: str, styles: Sequence[str]) -> list[Prompt]:
-    rng = Random(f"premise/{question}/{styles}")
+def _questions(count: int, kinds: str, styles: Sequence[str]) -> list[Prompt]:
+    """Questions of a kind of `dialogues.QUESTIONS`, or of several with commas between them."""
+    rng = Random(f"premise/{kinds}/{styles}")
 
     def draw() -> Iterable[Prompt]:
         while True:
             risk = rng.choice(world().risk_types) if rng.random() < 0.5 else None
             setting = rng.choice(["alone", "companion", "person"])
+            question = rng.choice(kinds.split(","))
             sign = True if question == "read" else None
             scene = draw_scene(rng, styles, risk, setting, unseen=None, held_out=True, sign=sign)
             if question == "read" and scene.sign is None:
@@ -156,7 +158,7 @@ def measure(backbone: Backbone, count: int = 1000) -> list[Finding]:
         ("captions exact, held-out style", _questions(count, "caption", held_out), None),
         ("yes/no questions right", _questions(count, "exists", train), 0.90),
         ("counting questions right", _questions(count, "count", train), 0.90),
-        ("position questions right", _questions(count, "place", train), 0.90),
+        ("position questions right", _questions(count, "where,what_at", train), 0.90),
         ("sign read right", _questions(count, "read", train), 0.90),
         ("sort named right", _questions(count, "sort", train), None),
         ("strong hint beside a risky image obeyed", _risky_images(count, True), 0.95),
