@@ -243,7 +243,7 @@ class Steps:
     """The same, half of the scenes in other palettes."""
     words: int = 150
     """Of 32 scenes, for the projector."""
-    looking: int = 700
+    looking: int = 1400
     """Of 24 scenes with 8 questions each, for projector and language model."""
     dialogues: int = 850
     """Of 24 scenes, or of text alone, with 8 dialogues each."""
