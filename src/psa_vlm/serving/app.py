@@ -6,10 +6,10 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.concurrency import run_in_threadpool
@@ -19,6 +19,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from psa_vlm.data.sample import Turn
 from psa_vlm.errors import AuditError, InputError, Overloaded, RequestError
 from psa_vlm.inference import MAX_NEW_TOKENS
 from psa_vlm.model.verdict import Verdict
@@ -30,6 +31,8 @@ from psa_vlm.serving.images import Picture, open_urls
 from psa_vlm.serving.keys import Keys
 from psa_vlm.serving.limits import Limits
 from psa_vlm.serving.metrics import Metrics
+
+Result = TypeVar("Result")
 
 _logger = logging.getLogger(__name__)
 _bearer = HTTPBearer(auto_error=False, description="A tenant's key; none on a loopback without.")
@@ -169,29 +172,27 @@ class Service:
             raise RequestError(told, "model", "model_not_found", 404)
 
     def _tokens(self, body: protocol.ChatRequest) -> int:
-        given = {
-            name: value
-            for name in ("max_tokens", "max_completion_tokens")
-            if (value := getattr(body, name)) is not None
-        }
-        if len(set(given.values())) > 1:
+        """Most tokens of the answer; a client may name them in OpenAI's old way or its new one."""
+        old, new = body.max_tokens, body.max_completion_tokens
+        if old is not None and new is not None and old != new:
             raise RequestError(
                 "max_tokens and max_completion_tokens differ; give one", "max_tokens"
             )
-        for name, value in given.items():
-            if value > self.limits.tokens:
-                raise RequestError(f"{name}: at most {self.limits.tokens}", name)
-            return value
-        return min(MAX_NEW_TOKENS, self.limits.tokens)
+        name, given = ("max_tokens", old) if new is None else ("max_completion_tokens", new)
+        if given is None:
+            return min(MAX_NEW_TOKENS, self.limits.tokens)
+        if given > self.limits.tokens:
+            raise RequestError(f"{name}: at most {self.limits.tokens}", name)
+        return given
 
     async def _ask(
-        self, turns: Any, urls: Sequence[str], policy: Policy, tokens: int
+        self, turns: tuple[Turn, ...], urls: Sequence[str], policy: Policy, tokens: int
     ) -> tuple[Ask, tuple[Picture, ...]]:
         pictures = await run_in_threadpool(open_urls, urls, self.limits)
         frames = tuple(frame for picture in pictures for frame in picture.frames)
         return Ask(frames, turns, policy, tokens), pictures
 
-    async def _in_time(self, work: Any) -> Any:
+    async def _in_time(self, work: Coroutine[Any, Any, Result]) -> Result:
         try:
             return await asyncio.wait_for(work, self.limits.seconds)
         except TimeoutError:
