@@ -156,7 +156,7 @@ class Service:
         replied = time.perf_counter()
         await self._record(request, "moderation", caller, pictures, verdict, decision)
         if verdict.error is not None:  # there is no number to give, and "not flagged" would be one
-            raise RequestError("the image could not be assessed", None, "verdict_error", 500)
+            raise RequestError(replies.NOT_ASSESSED, None, "verdict_error", 500)
         psa = replies.psa(
             verdict, decision, pictures, caller.policy, _timings(start, opened, replied)
         )

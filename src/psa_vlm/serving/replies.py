@@ -15,6 +15,7 @@ from psa_vlm.taxonomy import Taxonomy
 
 REFUSED = "content_filter"
 """The finish reason of a refusal."""
+NOT_ASSESSED = "the image could not be assessed"
 
 
 def scores(verdict: Verdict | None, taxonomy: Taxonomy) -> dict[str, float]:
@@ -26,7 +27,7 @@ def scores(verdict: Verdict | None, taxonomy: Taxonomy) -> dict[str, float]:
 
 
 def decided(decision: Decision) -> dict[str, Any]:
-    """A decision for a client: where the rule is written stays with the operator."""
+    """A decision in short: the texts are elsewhere, and where the rule is written stays here."""
     told = decision.to_dict()
     return {name: told[name] for name in ("action", "rule", "type", "level", "reason")}
 
@@ -48,8 +49,13 @@ def psa(
     policy: Policy,
     timings: Mapping[str, float],
 ) -> dict[str, Any]:
-    """What was seen in each image, what was decided, by which rule of which policy, how fast."""
-    told = without_evidence(verdict) or {"images": [], "error": None}
+    """What was seen in each image, what was decided, by which rule of which policy, how fast.
+
+    Why a verdict failed is for the audit log alone: it can tell of the machine's insides.
+    """
+    told = without_evidence(verdict) or {"images": []}
+    failed = NOT_ASSESSED if verdict is not None and verdict.error is not None else None
+    short = decided(decision)
     places = [
         {"image": index, "frame": frame, "sha256": picture.sha256}
         for index, picture in enumerate(pictures)
@@ -57,9 +63,9 @@ def psa(
     ]
     seen = told["images"] or [{} for _ in places]  # a verdict that failed may hold none
     return {
-        "decision": decided(decision),
+        "decision": {**short, "reason": failed or short["reason"]},
         "images": [{**place, **one} for place, one in zip(places, seen, strict=True)],
-        "error": told["error"],
+        "error": failed,
         "policy": {"name": policy.name, "hash": policy.hash},
         "timings": {name: round(value, 2) for name, value in timings.items()},
     }
