@@ -68,7 +68,7 @@ def test_help_names_every_command(psa: Psa) -> None:
     outcome = psa("--help")
     assert outcome.code == 0
     commands = ("demo", "train", "assess", "chat", "evaluate", "calibrate", "policy", "testbed")
-    for command in commands:
+    for command in (*commands, "serve", "audit", "keys"):
         assert command in outcome.out
 
 
@@ -286,3 +286,48 @@ def test_train_names_a_wrong_key_and_where(psa: Psa, tmp_path: Path) -> None:
     one_line(psa("train", "stage2", tmp_path / "none.yaml"), "none.yaml")
     config.write_text("backbone: x\nout: y\n")
     one_line(psa("train", "stage1", config, "--set", "concepts.lr=1"), "lr")
+
+
+def test_a_key_is_shown_once_and_kept_as_a_hash(psa: Psa, tmp_path: Path) -> None:
+    from psa_vlm.serving.keys import Keys
+
+    path = tmp_path / "keys.yaml"
+    shown = [psa("keys", "add", path, name).out.strip() for name in ("school", "press", "school")]
+    keys = Keys.load(path)
+    assert [keys.tenant(key) for key in shown] == ["school", "press", "school"]
+    assert not any(key in path.read_text() for key in shown)
+
+
+def test_an_audit_log_is_verified_and_exported(psa: Psa, tmp_path: Path) -> None:
+    import sqlite3
+
+    from psa_vlm.serving.audit import Audit, Entry
+
+    path = tmp_path / "audit.db"
+    one_line(psa("audit", "verify", path), "no such audit log", code=1)
+    log = Audit(f"sqlite:///{path}")
+    named = {"name": "n", "hash": "0"}
+    heads = [
+        log.append(Entry(name, "chat", None, (), {}, None, {"action": "allow"}, named, named))
+        for name in ("first", "second")
+    ]
+    log.close()
+    assert json.loads(psa("audit", "verify", path, "--json").out) == {
+        "records": 2,
+        "head": heads[1],
+    }
+    assert psa("audit", "verify", path, "--head", heads[0]).code == 0
+    one_line(psa("audit", "verify", path, "--head", "f" * 64), "no record has the hash", code=1)
+    told = [json.loads(line) for line in psa("audit", "export", path).out.splitlines()]
+    assert [one["request"] for one in told] == ["first", "second"]
+    connection = sqlite3.connect(path)
+    with connection:
+        connection.execute("UPDATE records SET content = '{}' WHERE id = 2")
+    connection.close()
+    one_line(psa("audit", "verify", path), "record 2 was changed", code=1)
+    broken = psa("audit", "export", path)
+    assert (broken.code, len(broken.out.splitlines())) == (1, 1)
+
+
+def test_serve_refuses_the_open_without_keys(psa: Psa, run_dir: Path) -> None:
+    one_line(psa("serve", "--model", run_dir, "--host", "0.0.0.0"), "psa-vlm keys add")

@@ -18,6 +18,9 @@ EXIT_CODES = {
     "CheckpointError": 1,
     "TaxonomyMismatch": 1,
     "VerdictError": 1,
+    "RequestError": 2,
+    "Overloaded": 1,
+    "AuditError": 1,
     "MissingExtra": 1,
 }
 
@@ -41,9 +44,16 @@ def test_a_missing_extra_names_its_install_command() -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [errors.ImageError("a.png: gone"), errors.MissingExtra("plotly", "eval")]
+    "error",
+    [
+        errors.ImageError("a.png: gone"),
+        errors.MissingExtra("plotly", "eval"),
+        errors.Overloaded(3),
+        errors.RequestError("no such model", "model", "model_not_found", 404),
+    ],
 )
 def test_errors_cross_process_boundaries(error: errors.PsaVlmError) -> None:
     copy = pickle.loads(pickle.dumps(error))
     assert type(copy) is type(error)
     assert str(copy) == str(error)
+    assert vars(copy) == vars(error)

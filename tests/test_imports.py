@@ -47,14 +47,17 @@ HEAVY = [
     "pandas",
     "peft",
     "plotly",
+    "prometheus_client",
     "pydantic",
     "ray",
     "safetensors",
     "scipy",
     "sklearn",
+    "sqlalchemy",
     "tensorboard",
     "torch",
     "transformers",
+    "uvicorn",
 ]
 
 LAYERS = [

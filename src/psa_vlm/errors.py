@@ -43,6 +43,51 @@ class VerdictError(PsaVlmError):
     """A verdict could not be computed; never to be read as "safe"."""
 
 
+class RequestError(InputError):
+    """A request to the service can't be served as it is.
+
+    Args:
+        message: what is wrong, and the fix.
+        param: where in the request, as in `messages.0.content`.
+        code: for programs, as in `unsupported_parameter`.
+        status: of HTTP.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        param: str | None = None,
+        code: str = "invalid_request",
+        status: int = 400,
+    ) -> None:
+        super().__init__(message, param, code, status)
+        self.param = param
+        self.code = code
+        self.status = status
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class Overloaded(PsaVlmError):
+    """More requests wait than the service may keep.
+
+    Args:
+        retry_after: seconds until it is worth to ask again.
+    """
+
+    def __init__(self, retry_after: int) -> None:
+        super().__init__(retry_after)
+        self.retry_after = retry_after
+
+    def __str__(self) -> str:
+        return f"too many requests are waiting; ask again in {self.retry_after} s"
+
+
+class AuditError(PsaVlmError):
+    """The audit log can't be read or written, or was changed."""
+
+
 class MissingExtra(PsaVlmError):
     """An optional package is not installed.
 

@@ -127,3 +127,15 @@ def test_saving_replaces_a_run_as_a_whole(run: Path) -> None:
     PsaVlm.from_pretrained(run).save_pretrained(run)
     assert not (run / "adapter").exists()
     assert [p.name for p in run.parent.iterdir()] == ["run"]
+
+
+def test_a_fingerprint_tells_runs_apart_but_not_their_policies(run: Path, run_dir: Path) -> None:
+    before = checkpoint.fingerprint(run)
+    assert before == checkpoint.fingerprint(run_dir)  # wherever it lies
+    (run / "policy.yaml").write_text("name: other\ninherits: strict\n")
+    assert checkpoint.fingerprint(run) == before
+    weights = run / "bottleneck.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    changed = checkpoint.fingerprint(run)
+    (run / "calibration.json").write_text("{}")
+    assert len({before, changed, checkpoint.fingerprint(run)}) == 3

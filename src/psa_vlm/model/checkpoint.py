@@ -13,6 +13,7 @@ Beside these lie policy.yaml and, where there is one, calibration.json; see `psa
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -139,6 +140,24 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CheckpointError(f"{path}: its format is not {FORMAT}; use the version that wrote it")
     return manifest
+
+
+def fingerprint(folder: Path) -> str:
+    """16 hex digits of all that decides a run's verdicts and answers: its files but the policy.
+
+    Of the base model the probe of its weights counts, which the manifest holds.
+
+    Raises:
+        CheckpointError: it is not a run.
+    """
+    read_manifest(folder)
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).rglob("*")):
+        if path.is_file() and path.name != "policy.yaml" and path.suffix != ".html":
+            with path.open("rb") as stream:
+                content = hashlib.file_digest(stream, "sha256").hexdigest()
+            digest.update(f"{path.relative_to(folder).as_posix()}\n{content}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def load(

@@ -1,0 +1,225 @@
+"""The audit log: one record for each request, chained by hash, durable before the reply leaves.
+
+The hash of a record covers all of it and the hash of the one before, so a record that is changed,
+taken out or put in breaks the chain. Who can write the database could compute the whole chain
+anew, or cut off its end: keep a head (as `verify` gives it) elsewhere, and verify against it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import (
+    Column,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    create_engine,
+    event,
+    insert,
+    make_url,
+    select,
+)
+from sqlalchemy.exc import ArgumentError, IntegrityError, SQLAlchemyError
+
+from psa_vlm.errors import AuditError
+
+START = "0" * 64
+"""What stands for the hash before the first record's."""
+TRIES = 20
+"""How often a record is tried when another process takes its place in the chain."""
+
+_RECORDS = Table(
+    "records",
+    MetaData(),
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("content", Text, nullable=False),
+    Column("previous", String(64), nullable=False, unique=True),
+    Column("hash", String(64), nullable=False),
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is recorded of one request; JSON-ready. Neither images nor words are among it.
+
+    Attributes:
+        request: its id, which the reply carries.
+        endpoint: chat or moderation.
+        tenant: None where no key is asked for.
+        images: SHA-256 of each encoded image.
+        scores: risk type -> score; empty without images or after an error.
+        verdict: without evidence; None without images.
+        decision: action, rule, type, level and reason.
+        policy: name and hash.
+        model: name and hash.
+    """
+
+    request: str
+    endpoint: str
+    tenant: str | None
+    images: tuple[str, ...]
+    scores: Mapping[str, float]
+    verdict: Mapping[str, Any] | None
+    decision: Mapping[str, Any]
+    policy: Mapping[str, str]
+    model: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Head:
+    """The end of a chain: how many records it has, and the hash of the last."""
+
+    records: int
+    hash: str
+
+
+class Audit:
+    """An audit log in a database.
+
+    Args:
+        url: of SQLAlchemy, as in `sqlite:///audit.db` or `postgresql+psycopg://...`.
+
+    Raises:
+        AuditError: the database can't be opened.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._lock = threading.Lock()
+        try:
+            local = make_url(url).get_backend_name() == "sqlite"
+            self._engine = create_engine(url, connect_args={"timeout": 30} if local else {})
+            if local:
+                event.listen(self._engine, "connect", _durable)
+            _RECORDS.metadata.create_all(self._engine)
+        except (SQLAlchemyError, ImportError) as error:
+            raise AuditError(f"audit log {_shown(url)}: can't be opened ({_told(error)})") from None
+
+    def close(self) -> None:
+        """Close its connections."""
+        self._engine.dispose()
+
+    def append(self, entry: Entry) -> str:
+        """Write a record; when this returns it is on the disk.
+
+        Returns:
+            Its hash.
+
+        Raises:
+            AuditError: it can't be written.
+        """
+        try:
+            with self._lock:
+                for _ in range(TRIES):
+                    try:
+                        return self._append(entry)
+                    except IntegrityError:  # another process was quicker
+                        continue
+        except SQLAlchemyError as error:
+            raise AuditError(f"audit log: can't be written ({_told(error)})") from error
+        raise AuditError(f"audit log: {TRIES} times another process was quicker")
+
+    def _append(self, entry: Entry) -> str:
+        with self._engine.begin() as connection:
+            last = connection.execute(
+                select(_RECORDS.c.id, _RECORDS.c.hash).order_by(_RECORDS.c.id.desc()).limit(1)
+            ).first()
+            number, previous = (last.id + 1, last.hash) if last else (1, START)
+            time = datetime.now(UTC).isoformat(timespec="microseconds")
+            content = _canonical({"time": time, **asdict(entry)})
+            digest = _hash(number, previous, content)
+            row = {"id": number, "content": content, "previous": previous, "hash": digest}
+            connection.execute(insert(_RECORDS).values(row))
+        return digest
+
+    def check(self) -> None:
+        """Make sure that the database answers.
+
+        Raises:
+            AuditError: it does not.
+        """
+        try:
+            with self._engine.connect() as connection:
+                connection.execute(select(_RECORDS.c.id).limit(1)).first()
+        except SQLAlchemyError as error:
+            raise AuditError(f"audit log: can't be read ({_told(error)})") from error
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """All records in order, with `id`, `previous` and `hash` beside what `Entry` holds.
+
+        Raises:
+            AuditError: the log can't be read, or the chain breaks: which record, and how.
+        """
+        previous = START
+        for number, row in enumerate(self._rows(), start=1):
+            if row.id != number:
+                raise AuditError(f"audit log: record {number} is missing")
+            if row.previous != previous:
+                raise AuditError(f"audit log: record {number} does not follow the one before it")
+            if row.hash != _hash(number, previous, row.content):
+                raise AuditError(f"audit log: record {number} was changed")
+            previous = row.hash
+            ends = {"id": row.id, "previous": row.previous, "hash": row.hash}
+            yield {**json.loads(row.content), **ends}
+
+    def _rows(self) -> Iterator[Any]:
+        try:
+            with self._engine.connect() as connection:
+                yield from connection.execution_options(yield_per=1000).execute(
+                    select(_RECORDS).order_by(_RECORDS.c.id)
+                )
+        except SQLAlchemyError as error:
+            raise AuditError(f"audit log: can't be read ({_told(error)})") from error
+
+    def verify(self, head: str | None = None) -> Head:
+        """Follow the whole chain.
+
+        Args:
+            head: a hash that was the last of the chain once; it must still be in it.
+
+        Raises:
+            AuditError: the chain breaks, or does not hold `head`.
+        """
+        count, last, found = 0, START, head in (None, START)
+        for record in self.records():
+            count, last = count + 1, record["hash"]
+            found = found or last == head
+        if not found:
+            raise AuditError(f"audit log: no record has the hash {head}; its end was cut or redone")
+        return Head(count, last)
+
+
+def _durable(connection: Any, _: object) -> None:
+    """Readers do not wait for writers, and a commit is on the disk."""
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA journal_mode=WAL")
+    cursor.execute("PRAGMA synchronous=FULL")
+    cursor.close()
+
+
+def _canonical(data: Mapping[str, Any]) -> str:
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _hash(number: int, previous: str, content: str) -> str:
+    return hashlib.sha256(f"{number}\n{previous}\n{content}".encode()).hexdigest()
+
+
+def _shown(url: str) -> str:
+    """A database URL without its password."""
+    try:
+        return make_url(url).render_as_string(hide_password=True)
+    except ArgumentError:
+        return "(not a database URL; write sqlite:///audit.db)"
+
+
+def _told(error: Exception) -> str:
+    return str(getattr(error, "orig", None) or error).splitlines()[0]

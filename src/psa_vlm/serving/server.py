@@ -1,0 +1,114 @@
+"""From settings to a running server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from psa_vlm.errors import AuditError, ConfigError, MissingExtra
+from psa_vlm.serving.keys import Keys, is_loopback
+from psa_vlm.serving.limits import Limits
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from psa_vlm.serving.audit import Audit
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a server is started with.
+
+    Attributes:
+        model: the run folder.
+        policy: a file or a shipped name; None means the run's own.
+        host, port: where to listen.
+        name: what clients call the model; None means the name of the run folder.
+        keys: file of the tenants' keys; None asks for none.
+        audit: file or database URL of the audit log.
+        limits: changes, as in `("images=4",)`.
+        base: where the base model is now, if it moved.
+
+    Raises:
+        ConfigError: others than this machine could ask without a key.
+    """
+
+    model: Path
+    policy: str | None = None
+    host: str = "127.0.0.1"
+    port: int = 8000
+    name: str | None = None
+    keys: Path | None = None
+    audit: str = "audit.db"
+    limits: tuple[str, ...] = ()
+    base: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.keys is None and not is_loopback(self.host):
+            raise ConfigError(
+                f"host {self.host}: others could ask without a key; make one with"
+                " 'psa-vlm keys add keys.yaml TENANT' and give --keys keys.yaml"
+            )
+
+
+def build(settings: Settings) -> FastAPI:
+    """Load everything and put it together; nothing listens yet.
+
+    Raises:
+        PsaVlmError: the run, the policy, a limit, the keys or the audit log can't be used.
+        MissingExtra: an optional package is not installed.
+    """
+    try:
+        from psa_vlm.serving.app import Model, Service, create_app
+        from psa_vlm.serving.engine import InProcess
+    except ImportError as error:
+        raise MissingExtra(error.name or "fastapi", "serve") from error
+    from psa_vlm.inference import PsaVlm
+    from psa_vlm.model.checkpoint import fingerprint
+    from psa_vlm.policy.policy import Policy
+
+    limits = Limits().changed(settings.limits)  # what is quick to check comes first
+    keys = None if settings.keys is None else Keys.load(settings.keys)
+    policy = None if settings.policy is None else Policy.load(settings.policy)
+    vlm = PsaVlm.from_pretrained(settings.model, base=settings.base)
+    model = Model(settings.name or settings.model.resolve().name, fingerprint(settings.model))
+    engine = InProcess(vlm, limits.batch, limits.wait_ms / 1000, limits.waiting)
+    audit = _audit(settings.audit)
+    return create_app(Service(engine, model, policy or vlm.policy, audit, keys, limits))
+
+
+def serve(settings: Settings) -> None:
+    """Serve until stopped; what was taken is finished first. Errors are `build`'s."""
+    app = build(settings)
+    import uvicorn
+
+    uvicorn.run(app, host=settings.host, port=settings.port, server_header=False)
+
+
+@contextmanager
+def open_audit(log: str, existing: bool = False) -> Iterator[Audit]:
+    """The audit log at a file or a database URL.
+
+    Args:
+        log: file or URL.
+        existing: a file that is not there is an error, not a new log.
+
+    Raises:
+        AuditError: it can't be opened.
+        MissingExtra: SQLAlchemy is not installed.
+    """
+    if existing and "://" not in log and not Path(log).is_file():
+        raise AuditError(f"{log}: no such audit log")
+    with closing(_audit(log)) as audit:
+        yield audit
+
+
+def _audit(log: str) -> Audit:
+    try:
+        from psa_vlm.serving.audit import Audit
+    except ImportError as error:
+        raise MissingExtra(error.name or "sqlalchemy", "serve") from error
+    return Audit(log if "://" in log else f"sqlite:///{log}")

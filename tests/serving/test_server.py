@@ -1,0 +1,88 @@
+"""From settings to a server: what is refused at the start, and a real one with a real client."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from psa_vlm.errors import AuditError, ConfigError, PolicyError, PsaVlmError
+from psa_vlm.serving.keys import Keys, hash_key, new_key
+from psa_vlm.serving.server import Settings, build, open_audit
+
+PROGRAM = "from psa_vlm.cli import main; main()"
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "example.com"])
+def test_without_keys_only_a_loopback_is_served(host: str) -> None:
+    with pytest.raises(ConfigError, match="without a key"):
+        Settings(Path("run"), host=host)
+    assert Settings(Path("run"), host=host, keys=Path("keys.yaml")).host == host
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"limits": ("images=0",)}, ConfigError),
+        ({"keys": Path("missing.yaml")}, ConfigError),
+        ({"policy": "missing.yaml"}, PolicyError),
+        ({"audit": "sqlite:////no/such/folder/audit.db"}, AuditError),
+    ],
+)
+def test_a_mistake_in_the_settings_shows_at_the_start(
+    run_dir: Path, tmp_path: Path, changes: dict[str, Any], error: type[PsaVlmError]
+) -> None:
+    settings = {"model": run_dir, "audit": str(tmp_path / "audit.db"), **changes}
+    with pytest.raises(error):
+        build(Settings(**settings))
+
+
+def test_a_log_that_is_not_there_is_not_made(tmp_path: Path) -> None:
+    path = tmp_path / "audit.db"
+    with pytest.raises(AuditError, match="no such audit log"), open_audit(str(path), existing=True):
+        pass
+    assert not path.exists()
+
+
+def test_the_command_serves_until_it_is_told_to_stop(
+    run_dir: Path, tmp_path: Path, make_url: Any
+) -> None:
+    log, keys, policy = (tmp_path / name for name in ("audit.db", "keys.yaml", "policy.yaml"))
+    policy.write_text("name: house\ninherits: strict\ntenants: {school: {}}\n")
+    key = new_key()
+    Keys({"school": [hash_key(key)]}).save(keys)
+    command = ["serve", "--model", run_dir, "--policy", policy, "--keys", keys, "--audit", log]
+    server = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, *map(str, command), "--port", "0"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert server.stderr is not None
+        address = next(
+            found[0] for line in server.stderr if (found := re.search(r"http://[\d.:]+", line))
+        )
+        content = [
+            {"type": "image_url", "image_url": {"url": make_url()}},
+            {"type": "text", "text": "Hi"},
+        ]
+        messages = [{"role": "user", "content": content}]
+        reply = httpx2.post(
+            f"{address}/v1/chat/completions",
+            json={"model": "run", "messages": messages, "max_tokens": 4},
+            headers={"Authorization": f"Bearer {key}"},
+            timeout=60,
+        )
+        assert reply.status_code == 200
+        assert reply.json()["psa"]["policy"]["name"] == "house/school"
+    finally:
+        server.send_signal(signal.SIGTERM)
+        server.communicate(timeout=60)
+    with open_audit(str(log), existing=True) as audit:
+        assert [one["request"] for one in audit.records()] == [reply.json()["id"]]
