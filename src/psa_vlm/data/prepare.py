@@ -229,12 +229,12 @@ def _counts(gathered: _Gathered, rows: NDArray[np.int64], part: Any) -> dict[str
 def _left_out(gathered: _Gathered, reasons: Mapping[int, str]) -> Iterator[dict[str, str]]:
     """What to write down of rows that were read and are in no split; copies name their original."""
     places = gathered.rows.select_columns(["source", "where", "id"])
-    for row, reason in sorted(reasons.items()):
-        head, brace, rest = reason.partition("{")
-        if brace:
-            kept, _, end = rest.partition("}")
-            reason = f"{head}{places[int(kept)]['where']}{end}"
-        yield {**places[row], "reason": reason}
+    left = sorted(reasons)
+    for row, place in zip(left, places.select(left), strict=True):
+        head, brace, rest = reasons[row].partition("{")
+        kept, _, end = rest.partition("}")
+        told = f"{head}{places[int(kept)]['where']}{end}" if brace else head
+        yield {**place, "reason": told}
 
 
 def _tally(reasons: Mapping[int, str]) -> dict[str, int]:
