@@ -1,7 +1,7 @@
 """From published sets to one prepared mix: no copies, no image on two sides, balanced as wanted.
 
-Rows go to disk as they are read (Arrow, which is mapped into memory); what stays in memory is some
-hundred bytes a sample.
+Rows go to disk as they are read (Arrow, which is mapped into memory); what stays in memory is a few
+numbers of each, and the reason why one is left out.
 
     OUT/train, OUT/val, ...   one Hugging Face data set each; a `path` for `data:` of a training
     OUT/images                images that stood inside a set's file
