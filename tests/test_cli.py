@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 import sys
 import zlib
@@ -67,8 +68,8 @@ def one_line(outcome: Outcome, *words: str, code: int = 2) -> None:
 def test_help_names_every_command(psa: Psa) -> None:
     outcome = psa("--help")
     assert outcome.code == 0
-    commands = ("demo", "train", "assess", "chat", "evaluate", "calibrate", "policy", "testbed")
-    for command in (*commands, "serve", "audit", "keys"):
+    commands = ("demo", "train", "assess", "chat", "evaluate", "calibrate", "data", "policy")
+    for command in (*commands, "testbed", "serve", "audit", "keys"):
         assert command in outcome.out
 
 
@@ -260,15 +261,7 @@ def test_policy_with_an_unknown_key(assess: Psa, picture: Path, tmp_path: Path) 
 def test_labels_outside_the_taxonomy_and_a_broken_line(
     psa: Psa, run_dir: Path, picture: Path, tmp_path: Path
 ) -> None:
-    row = {
-        "safe_type": 1,
-        "safe_level": 3,
-        "image": str(picture),
-        "conversations": [
-            {"from": "USER", "value": "<image>\nWhat is this?"},
-            {"from": "ASSISTANT", "value": "No."},
-        ],
-    }
+    row = labelled(picture)
     data = tmp_path / "data.jsonl"
     data.write_text(json.dumps(row) + "\n" + json.dumps({**row, "safe_type": 42}) + "\n")
     one_line(psa("evaluate", "--model", run_dir, "--data", data), "data.jsonl:2", "42")
@@ -277,6 +270,64 @@ def test_labels_outside_the_taxonomy_and_a_broken_line(
     data.write_text(json.dumps(row) + "\n")
     scored = json.loads(psa("evaluate", "--model", run_dir, "--data", data, "--json").out)
     assert scored["refused"]["high"]["n"] == 1
+    assert scored["contamination"] is None
+    shown = psa("evaluate", "--model", run_dir, "--data", data).out
+    assert "contamination: unknown" in " ".join(shown.split())
+
+
+def test_evaluate_tells_what_was_trained_on(
+    psa: Psa, run_dir: Path, picture: Path, tmp_path: Path
+) -> None:
+    from psa_vlm.data.contamination import Seen
+    from psa_vlm.data.readers import read
+
+    data, run = tmp_path / "data.jsonl", tmp_path / "run"
+    data.write_text(json.dumps(labelled(picture)) + "\n")
+    shutil.copytree(run_dir, run)
+    Seen.of(read(data)).save(run)
+    scored = json.loads(psa("evaluate", "--model", run, "--data", data, "--json").out)
+    assert scored["contamination"]["images"] == scored["contamination"]["both"] == 1
+    assert "1 share an image with training" in psa("evaluate", "--model", run, "--data", data).out
+
+
+# --- data ----------------------------------------------------------------------------------------
+
+
+def labelled(picture: Path, type: int = 1) -> dict[str, object]:
+    """A row in the authors' layout."""
+    words = [("USER", "<image>\nWhat is this?"), ("ASSISTANT", "No.")]
+    return {
+        "safe_type": type,
+        "safe_level": 3,
+        "image": str(picture),
+        "conversations": [{"from": speaker, "value": text} for speaker, text in words],
+    }
+
+
+def test_data_inspect(psa: Psa, picture: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps(labelled(picture)) + "\n")
+    fine = psa("data", "inspect", data)
+    assert fine.code == 0 and "illegal_risk" in fine.out
+    data.write_text(data.read_text() + json.dumps(labelled(picture, type=42)) + "\n")
+    bad = psa("data", "inspect", data)
+    assert bad.code == 1 and f"{data}:2: type 42 is not in the taxonomy" in bad.out
+    told = json.loads(psa("data", "inspect", data, "--json").out)
+    assert told["samples"] == 1 and len(told["problems"]) == 1
+    one_line(psa("data", "inspect", tmp_path / "none.json"), "none.json", "No such file")
+    one_line(psa("data", "inspect", data, "--format", "nonsense"), "'nonsense' is unknown")
+
+
+def test_data_prepare(psa: Psa, picture: Path, tmp_path: Path) -> None:
+    data, config, out = tmp_path / "data.jsonl", tmp_path / "mix.yaml", tmp_path / "out"
+    data.write_text(json.dumps(labelled(picture)) + "\n")
+    config.write_text(f"sources: [{{path: {data}}}]\nsplits: {{train: 1.0}}\n")
+    shown = psa("data", "prepare", config, out)
+    assert shown.code == 0 and "dropped.jsonl" in shown.out
+    one_line(psa("data", "prepare", config, out), "exists already")
+    told = psa("data", "prepare", config, tmp_path / "two", "--set", "seed=3", "--json")
+    assert json.loads(told.out)["splits"]["train"]["samples"] == 1
+    one_line(psa("data", "prepare", config, tmp_path / "c", "--set", "mix=1"), "unknown key 'mix'")
 
 
 def test_train_names_a_wrong_key_and_where(psa: Psa, tmp_path: Path) -> None:

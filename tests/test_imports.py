@@ -61,7 +61,7 @@ HEAVY = [
 ]
 
 LAYERS = [
-    {"errors", "progress", "strict_yaml", "taxonomy"},
+    {"errors", "progress", "strict_yaml", "taxonomy", "typed_yaml"},
     {"data"},
     {"model"},
     {"policy"},

@@ -24,11 +24,13 @@ app = typer.Typer(
     add_completion=False,
 )
 train_app = typer.Typer(help="Train a run: stage I, then stage II.", no_args_is_help=True)
+data_app = typer.Typer(help="Look at published data sets, and mix them.", no_args_is_help=True)
 policy_app = typer.Typer(help="Check, read and compare policies.", no_args_is_help=True)
 audit_app = typer.Typer(help="Check and read the service's audit log.", no_args_is_help=True)
 keys_app = typer.Typer(help="Who may ask the service.", no_args_is_help=True)
 testbed_app = typer.Typer(help="The embedded small world and its base model.", no_args_is_help=True)
 app.add_typer(train_app, name="train")
+app.add_typer(data_app, name="data")
 app.add_typer(policy_app, name="policy")
 app.add_typer(audit_app, name="audit")
 app.add_typer(keys_app, name="keys")
@@ -67,6 +69,9 @@ Concepts = Annotated[
 ]
 Log = Annotated[str, typer.Argument(help="A file, or a database URL as SQLAlchemy writes it.")]
 KeysFile = Annotated[Path, typer.Argument(help="A YAML file; it holds hashes alone.")]
+MapFile = Annotated[
+    Path | None, typer.Option("--map", help="A map of the set's categories over the shipped one.")
+]
 Base = Annotated[Path | None, typer.Option("--base", help="Where the base model is now.")]
 
 
@@ -238,9 +243,11 @@ def chat(
 def evaluate(
     model: Model = DEMO_RUN,
     data: Annotated[
-        Path | None, typer.Option(help="Labelled samples (JSON or JSONL); default: the testbed's.")
+        Path | None,
+        typer.Option(help="A labelled set in any known layout; default: the testbed's."),
     ] = None,
     images: Annotated[Path | None, typer.Option(help="Folder of the images.")] = None,
+    map_file: MapFile = None,
     limit: Annotated[int, typer.Option(help="Requests per cell, or samples.", min=1)] = 200,
     seed: Annotated[int, typer.Option(help="Of the testbed's requests.")] = 0,
     base: Base = None,
@@ -261,13 +268,20 @@ def evaluate(
         else:
             Console().print(card.table())
         return
+    from psa_vlm.data.contamination import Seen, contamination
     from psa_vlm.data.readers import read
 
-    summary = evaluate_samples(vlm, read(data, images)[:limit])
+    samples = read(data, images, vlm.taxonomy, categories=map_file)[:limit]
+    summary = evaluate_samples(vlm, samples)
+    seen = Seen.load(model)
+    shared = None if seen is None else contamination(samples, seen)
     if as_json:
-        _print(summary.to_dict())
+        _print(summary.to_dict() | {"contamination": shared and shared.to_dict()})
     else:
         Console().print(summary.table())
+        typer.echo(
+            shared or f"contamination: unknown, {model} does not hold what it was trained on"
+        )
 
 
 @app.command()
@@ -304,6 +318,57 @@ def calibrate(
     else:
         Console().print(table(calibration, vlm.taxonomy))
         Console().print(f"calibration: {run / FILE}   report: {page}")
+
+
+@data_app.command("inspect")
+def data_inspect(
+    path: Annotated[Path, typer.Argument(help="A data file, or the folder of a published set.")],
+    images: Annotated[Path | None, typer.Option(help="Folder of the images.")] = None,
+    layout: Annotated[
+        str | None, typer.Option("--format", help="Name of the layout; default: guessed.")
+    ] = None,
+    map_file: MapFile = None,
+    taxonomy: TaxonomyFile = None,
+    as_json: Json = False,
+) -> None:
+    """Count a set, show its labels and three samples, and list each problem: exit code 1 if any."""
+    from rich.console import Console
+
+    from psa_vlm.data.inspection import inspect
+    from psa_vlm.taxonomy import Taxonomy
+
+    words = Taxonomy.from_yaml(taxonomy) if taxonomy else Taxonomy.default()
+    found = inspect(path, images, words, layout, map_file)
+    if as_json:
+        _print(found.to_dict())
+    else:
+        console = Console()
+        console.print(found.view())
+        for problem in found.problems:
+            typer.echo(problem)
+    raise typer.Exit(1 if found.problems else 0)
+
+
+@data_app.command("prepare")
+def data_prepare(
+    config: Config,
+    out: Annotated[Path, typer.Argument(help="Folder to write; it must not exist.")],
+    overrides: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Mix sets into splits that share no image, without copies, balanced as the file says."""
+    from rich.console import Console
+
+    from psa_vlm.data.config import PrepareConfig
+    from psa_vlm.data.prepare import prepare, table
+    from psa_vlm.typed_yaml import load
+
+    manifest = prepare(load(config, PrepareConfig, overrides or []), out)
+    if as_json:
+        _print(manifest)
+    else:
+        Console().print(table(manifest))
+        typer.echo(f"written to {out}; what was left out, and why: {out / 'dropped.jsonl'}")
 
 
 @policy_app.command("check")

@@ -20,7 +20,7 @@ SMALL = {"num_hidden_layers": 1, "num_attention_heads": 2}
 def scripts(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
     """The scripts, with a real-size shape that is small."""
     monkeypatch.syspath_prepend(FOLDER)
-    names = ("common", "calibration", "inference", "stage1")
+    names = ("common", "calibration", "inference", "prepare", "stage1")
     found = {name: importlib.import_module(name) for name in names}
     vision = {"hidden_size": 16, "intermediate_size": 16, "image_size": 28, **SMALL}
     language = {"hidden_size": 16, "intermediate_size": 16, "num_key_value_heads": 2, **SMALL}
@@ -86,6 +86,13 @@ def test_calibration(scripts: dict[str, ModuleType], run_dir: Path, tmp_path: Pa
         assert row["promised"] == 0.4 and 0 <= row["mean"] <= row["worst"] <= 1
         assert row["interval"][0] <= row["kept"] <= row["interval"][1]
         assert row["met"] == (row["interval"][1] >= 0.7)
+
+
+def test_prepare(scripts: dict[str, ModuleType], tmp_path: Path) -> None:
+    scripts["prepare"].main(["--rows", "70", "--images", "5", "--json", str(tmp_path / "out.json")])
+    data = json.loads((tmp_path / "out.json").read_text())
+    assert data["rows"] == 70 and data["images"] == 5 and data["machine"]["name"]
+    assert sum(data["splits"].values()) <= 70 and data["peak"] >= data["before"] > 10
 
 
 def test_the_real_size_needs_cuda(

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from psa_vlm.data.contamination import Seen, contamination
 from psa_vlm.data.sample import Sample
 from psa_vlm.errors import CheckpointError, ConfigError, DataError
 from psa_vlm.inference import PsaVlm
@@ -53,6 +54,23 @@ def test_a_run_folder_is_whole(aligned: PsaVlm, config: Stage1Config) -> None:
         assert torch.equal(tensor, loaded.bottleneck.state_dict()[name])
     for name, tensor in aligned.backbone.model.state_dict().items():
         assert torch.equal(tensor, loaded.backbone.model.state_dict()[name])
+
+
+def test_a_run_folder_knows_what_it_was_trained_on(
+    aligned: PsaVlm, config: Stage1Config, samples: list[Sample], tmp_path: Path
+) -> None:
+    seen = Seen.load(config.out)
+    assert seen is not None
+    assert contamination(samples, seen).images == len(samples)
+    new = replace(samples[0], images=(Image.radial_gradient("L"),))
+    assert contamination([new], seen).to_dict() | {"ids": ()} == {
+        "samples": 1,
+        "images": 0,
+        "near_images": 0,
+        "prompts": 1,
+        "both": 0,
+        "ids": (),
+    }
 
 
 def test_a_finished_run_is_not_trained_again(
@@ -164,10 +182,14 @@ def test_stage2_trains_beside_the_hints_and_leaves_the_rest(
         assess_batch=4,
         report_to=(),
     )
+    earlier = replace(samples[0], images=(Image.linear_gradient("L"),))
+    Seen.of([earlier, *samples]).save(config.out)
     model = run_stage2(second, samples)
     assert [row.hint for row in rows] == hints_for(PsaVlm.from_pretrained(config.out), samples)
     for name in ("bottleneck.safetensors", "safety_tokens.safetensors"):
         assert (second.out / name).read_bytes() == (config.out / name).read_bytes()
+    seen = Seen.load(second.out)
+    assert seen and contamination([earlier, *samples], seen).images == 1 + len(samples)
     loaded = PsaVlm.from_pretrained(second.out)
     assert policy.hash == model.policy.hash == loaded.policy.hash
     for name, tensor in model.backbone.model.state_dict().items():

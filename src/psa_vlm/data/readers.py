@@ -1,28 +1,53 @@
-"""Readers of published data sets: a JSON list or JSONL file in, `Sample`s out.
+"""Readers of published data sets: a file or folder in, `Sample`s out.
 
-Every error names the place: `file:line` in JSONL, `file[index]` in a JSON list.
+The layouts are in `psa_vlm.data.formats`. Every error names the place: `file:line`, or
+`file[index]` where a file has no lines.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from psa_vlm.data.sample import IMAGE_MARK, Role, Sample, Turn, without_image_marks
-from psa_vlm.errors import DataError, ImageError
+from psa_vlm.data.formats import find, format_named
+from psa_vlm.data.formats.base import Format, Reading
+from psa_vlm.data.labels import CategoryMap
+from psa_vlm.data.rows import rows
+from psa_vlm.data.sample import Sample
+from psa_vlm.errors import DataError, ImageError, InputError
 from psa_vlm.taxonomy import Taxonomy
 
-Row = Mapping[str, Any]
 
-_ROLES: dict[str, Role] = {
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-}
-_LABELS = ("safe_type", "safe_level")
+def read(
+    path: str | Path,
+    images_dir: str | Path | None = None,
+    taxonomy: Taxonomy | None = None,
+    check_images: bool = True,
+    format: str | None = None,
+    categories: str | Path | None = None,
+) -> list[Sample]:
+    """Read a set in any layout we know; of PSA-VLM's and LLaVA's, rows may be mixed.
+
+    Args:
+        path: a data file, or a set's folder as it was published.
+        images_dir: what image paths are relative to; where the layout has them by default.
+        taxonomy: what labels mean; the paper's by default.
+        check_images: make sure that every image file exists.
+        format: name of the layout; guessed by default.
+        categories: a map of categories over the shipped one.
+
+    Raises:
+        DataError: the set or a row is malformed, or a label is outside the taxonomy.
+        ImageError: an image file is missing.
+        ConfigError: the map of categories is malformed.
+    """
+    samples = []
+    for item in scan(path, images_dir, taxonomy, check_images, format, categories):
+        if isinstance(item, InputError):
+            raise item
+        samples.append(item)
+    return samples
 
 
 def read_psa(
@@ -31,23 +56,12 @@ def read_psa(
     taxonomy: Taxonomy | None = None,
     check_images: bool = True,
 ) -> list[Sample]:
-    """Read the layout of PSA-VLM's training file.
+    """Read the layout of PSA-VLM's training file, in which every row is labelled.
 
     A row holds `safe_type` and `safe_level` (label ids), `image` and `conversations`
-    (`[{"from": "USER" | "ASSISTANT", "value": text}]`).
-
-    Args:
-        path: a JSON list or JSONL file.
-        images_dir: what image paths are relative to; the file's own folder by default.
-        taxonomy: what label ids mean; the paper's by default.
-        check_images: make sure that every image file exists.
-
-    Raises:
-        DataError: the file or a row is malformed, or a label is outside the taxonomy.
-        ImageError: an image file is missing.
+    (`[{"from": "USER" | "ASSISTANT", "value": text}]`). Arguments and errors are those of `read`.
     """
-    labels = _labels_of(taxonomy)
-    return _read(path, images_dir, check_images, lambda row, where: labels(row, where))
+    return read(path, images_dir, taxonomy, check_images, "psa")
 
 
 def read_llava(
@@ -55,149 +69,53 @@ def read_llava(
 ) -> list[Sample]:
     """Read LLaVA's instruction layout: `id`, `image` (optional) and `conversations`.
 
-    Arguments and errors are those of `read_psa`; the samples carry no labels.
+    Arguments and errors are those of `read`; the samples carry no labels.
     """
-    return _read(path, images_dir, check_images, lambda row, where: None)
+    return read(path, images_dir, None, check_images, "llava")
 
 
-def read(
+def scan(
     path: str | Path,
     images_dir: str | Path | None = None,
     taxonomy: Taxonomy | None = None,
     check_images: bool = True,
-) -> list[Sample]:
-    """Read either layout, also mixed: a row with a label is PSA-VLM's, any other LLaVA's.
+    format: str | None = None,
+    categories: str | Path | None = None,
+) -> Iterator[Sample | InputError]:
+    """Go through a set; what is wrong with a row comes in its place, and the rest goes on.
 
-    Arguments and errors are those of `read_psa`.
+    One row at a time is in memory, except of a JSON list. Arguments are those of `read`.
+
+    Raises:
+        DataError: no layout fits.
+        ConfigError: the map of categories is malformed.
     """
-    labels = _labels_of(taxonomy)
-    return _read(
-        path,
-        images_dir,
-        check_images,
-        lambda row, where: labels(row, where) if any(key in row for key in _LABELS) else None,
-    )
-
-
-Labels = tuple[str, str]
-"""(type, level) by name."""
-
-
-def _labels_of(taxonomy: Taxonomy | None) -> Callable[[Row, str], Labels]:
-    words = taxonomy or Taxonomy.default()
-
-    def labels(row: Row, where: str) -> Labels:
-        type_id, level_id = (_value(row, key, where) for key in _LABELS)
-        try:
-            return words.types[words.type_id(type_id)], words.levels[words.level_id(level_id)]
-        except DataError as error:
-            raise DataError(f"{where}: {error}") from None
-
-    return labels
-
-
-def _read(
-    path: str | Path,
-    images_dir: str | Path | None,
-    check_images: bool,
-    labels_of: Callable[[Row, str], Labels | None],
-) -> list[Sample]:
     path = Path(path)
-    root = path.parent if images_dir is None else Path(images_dir)
-    samples = []
-    for index, (where, row) in enumerate(_rows(path)):
-        labels = labels_of(row, where)
-        images = _images(row, root, where, required=labels is not None)
-        for image in images if check_images else ():
-            if not image.is_file():
-                raise ImageError(f"{where}: no image file {image}; is images_dir right?")
-        type, level = labels or (None, None)
-        samples.append(
-            Sample(
-                id=str(row.get("id", f"{path.stem}-{index}")),
-                images=images,
-                conversation=_conversation(row, len(images), where),
-                type=type,
-                level=level,
-                source=path.stem,
-            )
-        )
-    return samples
+    found, files = find(path, format_named(format) if format else None)
+    reading = Reading(
+        source=path.name if path.is_dir() else path.stem,
+        taxonomy=taxonomy or Taxonomy.default(),
+        categories=CategoryMap.load(found.name, categories),
+        images_dir=None if images_dir is None else Path(images_dir),
+    )
+    for file in files:
+        yield from _samples(file, found, reading, check_images)
 
 
-def _rows(path: Path) -> Iterator[tuple[str, Row]]:
-    """Each row with the words for its place."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise DataError(f"{path}: not UTF-8 text") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    if text.lstrip().startswith("["):
-        parsed = [(f"{path}[{i}]", row) for i, row in enumerate(_json(text, str(path)))]
-    else:
-        parsed = [
-            (f"{path}:{number}", _json(line, f"{path}:{number}"))
-            for number, line in enumerate(text.split("\n"), start=1)
-            if line.strip()
-        ]
-    if not parsed:
-        raise DataError(f"{path}: holds no rows")
-    for where, row in parsed:
-        if not isinstance(row, dict):
-            raise DataError(f"{where}: a row must be a JSON object, not {row!r:.40}")
-        yield where, row
-
-
-def _json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = f"line {error.lineno}, " if error.lineno > 1 else ""
-        raise DataError(
-            f"{where}: not valid JSON ({line}column {error.colno}: {error.msg})"
-        ) from None
-    except RecursionError:
-        raise DataError(f"{where}: not valid JSON (nested too deeply)") from None
-
-
-def _value(row: Row, key: str, where: str) -> Any:
-    if key not in row:
-        raise DataError(f"{where}: missing key {key!r}")
-    return row[key]
-
-
-def _images(row: Row, root: Path, where: str, required: bool) -> tuple[Path, ...]:
-    value = _value(row, "image", where) if required else row.get("image")
-    if value is None and not required:
-        return ()
-    names = value if isinstance(value, list) else [value]
-    if not names or not all(isinstance(name, str) and name for name in names):
-        raise DataError(f"{where}: 'image' must be a file name or a list of them")
-    return tuple(root / str(name) for name in names)
-
-
-def _conversation(row: Row, image_count: int, where: str) -> tuple[Turn, ...]:
-    """The turns, without image marks: images stand before the text they belong to."""
-    entries = _value(row, "conversations", where)
-    if not isinstance(entries, list) or not entries:
-        raise DataError(f"{where}: 'conversations' must be a list of turns")
-    turns, marks = [], 0
-    for entry in entries:
-        if not isinstance(entry, dict):
-            raise DataError(f"{where}: a turn must be an object with 'from' and 'value'")
-        speaker, text = _value(entry, "from", where), _value(entry, "value", where)
-        role = _ROLES.get(str(speaker).lower())
-        if role is None:
-            raise DataError(f"{where}: unknown speaker {speaker!r}; valid: {', '.join(_ROLES)}")
-        if not isinstance(text, str):
-            raise DataError(f"{where}: a turn's 'value' must be text")
-        if role == "user":
-            marks += text.count(IMAGE_MARK)
-            text = without_image_marks(text)
-        turns.append(Turn(role, text))
-    if marks > image_count:
-        raise DataError(f"{where}: {marks} {IMAGE_MARK} marks, but {image_count} in 'image'")
-    if not any(turn.role == "user" and turn.text for turn in turns):
-        raise DataError(f"{where}: the conversation needs a user turn with text")
-    return tuple(turns)
+def _samples(
+    file: Path, format: Format, reading: Reading, check_images: bool
+) -> Iterator[Sample | InputError]:
+    for row in rows(file):
+        if isinstance(row, DataError):
+            yield row
+            continue
+        try:
+            for sample in format.samples(row, reading):
+                for image in sample.images if check_images else ():
+                    if isinstance(image, Path) and not image.is_file():
+                        raise ImageError(
+                            f"{row.where}: no image file {image}; is images_dir right?"
+                        )
+                yield replace(sample, where=row.where)
+        except InputError as error:
+            yield error

@@ -39,6 +39,7 @@ class Sample:
         source: the data set it comes from.
         split: the split it belongs to, None before splitting.
         tags: free notes by name (region, language, ...).
+        where: its place in a file, for messages; not part of what it is.
 
     Raises:
         DataError: the user says nothing, or a role is unknown.
@@ -52,6 +53,7 @@ class Sample:
     source: str = ""
     split: str | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
+    where: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         roles = [turn.role for turn in self.conversation]

@@ -38,23 +38,43 @@ def split(
         DataError: the fractions are negative or do not sum to 1.
         ImageError: an image file can't be read.
     """
-    shares = fractions.values()
-    if not all(share >= 0 for share in shares) or not math.isclose(sum(shares), 1, abs_tol=1e-6):
-        raise DataError(f"split fractions must be 0 or more and sum to 1: {dict(fractions)}")
-
     groups = _groups(samples)
-    order = sorted(groups, key=lambda key: (-len(groups[key]), _digest(f"{seed}:{key}".encode())))
-    room = {name: share * len(samples) for name, share in fractions.items()}
+    sides = assign(list(groups), [len(group) for group in groups.values()], fractions, seed)
     side: dict[int, str] = {}
-    for key in order:
-        name = max(room, key=lambda name: room[name])
-        room[name] -= len(groups[key])
-        side.update(dict.fromkeys(groups[key], name))
+    for group, name in zip(groups.values(), sides, strict=True):
+        side.update(dict.fromkeys(group, name))
 
     parts: dict[str, list[Sample]] = {name: [] for name in fractions}
     for index, sample in enumerate(samples):
         parts[side[index]].append(replace(sample, split=side[index]))
     return parts
+
+
+def assign(
+    keys: Sequence[str], sizes: Sequence[int], fractions: Mapping[str, float], seed: int
+) -> list[str]:
+    """Choose a split for each group: the largest first, each to where most room is left.
+
+    Args:
+        keys: a name for each group that depends on its content alone.
+        sizes: samples in each group.
+        fractions: share of each split by name, summing to 1.
+        seed: another seed, another choice.
+
+    Raises:
+        DataError: the fractions are negative or do not sum to 1.
+    """
+    shares = fractions.values()
+    if not all(share >= 0 for share in shares) or not math.isclose(sum(shares), 1, abs_tol=1e-6):
+        raise DataError(f"split fractions must be 0 or more and sum to 1: {dict(fractions)}")
+    ranks = [_digest(f"{seed}:{key}".encode())[:16] for key in keys]
+    order = sorted(range(len(keys)), key=lambda i: (-sizes[i], ranks[i]))
+    room = {name: share * sum(sizes) for name, share in fractions.items()}
+    chosen = [""] * len(keys)
+    for i in order:
+        chosen[i] = max(room, key=lambda name: room[name])
+        room[chosen[i]] -= sizes[i]
+    return chosen
 
 
 def _groups(samples: Sequence[Sample]) -> dict[str, list[int]]:

@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, get_args
+from typing import Literal, Self
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from psa_vlm.errors import ConfigError
 from psa_vlm.model.head import Pooling
-from psa_vlm.strict_yaml import read_yaml
-
-C = TypeVar("C", bound="RunConfig")
-
-
-class Section(BaseModel):
-    """A part of a configuration; a key that it does not know is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+from psa_vlm.typed_yaml import Section
+from psa_vlm.typed_yaml import load as load
 
 
 class DataFile(Section):
-    """A data set on disk, in the authors' or LLaVA's layout."""
+    """A data set on disk, in any layout that `psa-vlm data inspect` knows."""
 
     path: Path
-    """A JSON list or JSONL file."""
+    """A data file, a set's folder, or a split that `psa-vlm data prepare` wrote."""
     images_dir: Path | None = None
-    """What its image paths are relative to; null is the file's own folder."""
+    """What its image paths are relative to; null is where the layout has them."""
+    format: str | None = None
+    """Name of its layout; null guesses."""
+    map: Path | None = None
+    """YAML file of categories over the shipped one."""
 
 
 class Schedule(Section):
@@ -181,75 +176,6 @@ class Stage2Config(RunConfig):
 
     def inputs(self) -> dict[str, str | Path]:
         return {**super().inputs(), "model": self.model}
-
-
-def load(path: str | Path, config: type[C], overrides: Sequence[str] = ()) -> C:
-    """Read a configuration.
-
-    Args:
-        path: a YAML file.
-        config: `Stage1Config` or `Stage2Config`.
-        overrides: `key.key=value` from the command line; the value is YAML.
-
-    Raises:
-        ConfigError: the file can't be read, or one line for each key that is wrong, naming the
-            file, the key and, if it is unknown, the known ones.
-    """
-    data = read_yaml(path)
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: must hold the keys {', '.join(config.model_fields)}")
-    for override in overrides:
-        _override(data, override)
-    try:
-        return config.model_validate(data)
-    except ValidationError as error:
-        lines = [f"{path}: {_explain(one, config)}" for one in error.errors()]
-        raise ConfigError("\n".join(lines)) from None
-
-
-def _override(data: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    *sections, last = key.strip().split(".")
-    if not equals or not all([*sections, last]):
-        raise ConfigError(f"override {override!r}: write it as key=value or section.key=value")
-    for section in sections:
-        data = data.setdefault(section, {})
-        if not isinstance(data, dict):
-            raise ConfigError(f"override {override!r}: {section} is not a section with keys")
-    try:
-        data[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"override {override!r}: not valid YAML ({reason})") from None
-
-
-def _explain(error: Mapping[str, Any], config: type[Section]) -> str:
-    """One pydantic error in the words of the file."""
-    key = ".".join(map(str, error["loc"]))
-    match error["type"]:
-        case "extra_forbidden":
-            known = ", ".join(_section_of(error["loc"], config).model_fields)
-            return f"unknown key {key!r}; known keys: {known}"
-        case "missing":
-            return f"the key {key!r} is missing"
-        case "value_error":
-            return f"{error['ctx']['error']}"
-        case _:
-            return f"{key}: {error['msg']}, got {error['input']!r}"
-
-
-def _section_of(loc: Sequence[str | int], section: type[Section]) -> type[Section]:
-    """The section in which the last key of a place stands."""
-    for key in loc[:-1]:
-        if isinstance(key, str):
-            section = _sections_in(section.model_fields[key].annotation)[0]
-    return section
-
-
-def _sections_in(annotation: Any) -> list[type[Section]]:
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return [annotation]
-    return [found for part in get_args(annotation) for found in _sections_in(part)]
 
 
 def changes(old: object, new: object, prefix: str = "") -> list[str]:

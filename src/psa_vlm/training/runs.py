@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from psa_vlm.data.contamination import Seen
 from psa_vlm.data.readers import read
 from psa_vlm.data.sample import Sample
 from psa_vlm.errors import CheckpointError, ConfigError
@@ -49,6 +50,7 @@ class Run:
         config: what the run is told.
         samples: what it is trained on.
         start: what it starts from.
+        before: run folder that it goes on from, whose training data count as its own.
 
     Raises:
         ConfigError: `out`, or its work folder, holds something else.
@@ -56,12 +58,19 @@ class Run:
     """
 
     def __init__(
-        self, stage: int, config: RunConfig, samples: Sequence[Sample], start: Sequence[nn.Module]
+        self,
+        stage: int,
+        config: RunConfig,
+        samples: Sequence[Sample],
+        start: Sequence[nn.Module],
+        before: Path | None = None,
     ) -> None:
         check_extras(config.report_to)
         self.out = config.out
         self.folder = config.out.with_name(f"{config.out.name}.work")
         self.config = config
+        self.samples = samples
+        self.before = before
         self.record = {
             "stage": stage,
             "samples": fingerprint(samples),
@@ -98,11 +107,18 @@ class Run:
     def _extras(self, folder: Path, histories: Mapping[str, History]) -> None:
         write_json(folder / RECORD, self.record)
         write_json(folder / HISTORY, histories)
+        self._seen().save(folder)
         for part in histories:
             for events in (self.folder / part).rglob("events.out.*"):
                 target = folder / "tensorboard" / part
                 target.mkdir(parents=True, exist_ok=True)
                 shutil.copy(events, target)
+
+    def _seen(self) -> Seen:
+        """Hashes of all that the model was trained on."""
+        seen = Seen.of(self.samples)
+        earlier = Seen.load(self.before) if self.before else None
+        return seen | earlier if earlier else seen
 
     def _is_ours(self, folder: Path) -> bool:
         """Whether a folder was made by this very run; False if there is none, or nothing in it."""
@@ -134,7 +150,9 @@ def read_samples(config: RunConfig, taxonomy: Taxonomy) -> list[Sample]:
     return [
         sample
         for file in config.data
-        for sample in read(file.path, file.images_dir, taxonomy=taxonomy)
+        for sample in read(
+            file.path, file.images_dir, taxonomy, format=file.format, categories=file.map
+        )
     ]
 
 

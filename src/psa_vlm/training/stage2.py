@@ -36,7 +36,7 @@ def run_stage2(config: Stage2Config, samples: Sequence[Sample] | None = None) ->
         samples = read_samples(config, Taxonomy.from_yaml(config.model / "taxonomy.yaml"))
     dialogues(samples)  # what is missing shows before anything is loaded
     model = PsaVlm.from_pretrained(config.model, dtype=dtype, device=device())
-    run = Run(2, config, samples, [model.backbone.model, model.bottleneck])
+    run = Run(2, config, samples, [model.backbone.model, model.bottleneck], config.model)
     if run.finished:
         run.clean()
         return PsaVlm.from_pretrained(run.out, dtype=dtype, device=device())
