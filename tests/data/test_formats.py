@@ -333,8 +333,9 @@ def test_a_row_without_a_key_is_named(case: Case, folder: Path) -> None:
     if isinstance(case.rows, str) or case.name == "spa-vl":
         return
     rows = list(case.rows.values()) if isinstance(case.rows, dict) else case.rows
-    lost = "question" if "question" in rows[0] else next(iter(FORMATS[case.name].keys))
-    lost = {"mm-safetybench": "Rephrased Question"}.get(case.name, lost)
+    lost = "question" if "question" in rows[0] else min(FORMATS[case.name].keys)
+    needed = {"mm-safetybench": "Rephrased Question", "vlsbench": "instruction"}
+    lost = needed.get(case.name, lost)
     bad = [{key: value for key, value in row.items() if key != lost} for row in rows]
     write(folder / case.file, dict(enumerate(bad)) if isinstance(case.rows, dict) else bad)
     with pytest.raises(DataError, match=lost) as caught:
