@@ -77,7 +77,7 @@ def test_stage1(scripts: dict[str, ModuleType], tmp_path: Path) -> None:
 
 
 def test_calibration(scripts: dict[str, ModuleType], run_dir: Path, tmp_path: Path) -> None:
-    options = ["--scenes", "150", "--recalibrations", "4", "--json", str(tmp_path / "out.json")]
+    options = ["--scenes", "300", "--recalibrations", "4", "--json", str(tmp_path / "out.json")]
     options += ["--miss-rate", "0.4", "--false-refusal", "0.4", "--confidence", "0.7"]
     scripts["calibration"].main([str(run_dir), *options])
     data = json.loads((tmp_path / "out.json").read_text())
