@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,28 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("pictures") / "squares.png"
     image.save(path)
     return path
+
+
+@pytest.fixture()
+def see(model: Any) -> Iterator[Callable[[str, str], None]]:
+    """Makes the bottleneck of `model` see one type at one level, whatever it is shown."""
+    import torch
+
+    head = model.bottleneck.head
+    before = {name: value.clone() for name, value in head.state_dict().items()}
+
+    def set_to(type_: str, level: str) -> None:
+        with torch.no_grad():
+            for linear, index in (
+                (head.to_type, model.taxonomy.type_id(type_)),
+                (head.to_level, model.taxonomy.level_id(level)),
+            ):
+                linear.weight.zero_()
+                linear.bias.zero_()
+                linear.bias[index] = 9.0
+
+    yield set_to
+    head.load_state_dict(before)
 
 
 @pytest.fixture(scope="session")

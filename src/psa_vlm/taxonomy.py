@@ -142,6 +142,11 @@ class Taxonomy:
         Path(path).write_text(text, encoding="utf-8")
 
     @classmethod
+    def load(cls, path: str | Path | None) -> Taxonomy:
+        """The taxonomy of a YAML file, or the paper's; raises as `from_yaml`."""
+        return cls.from_yaml(path) if path else cls.default()
+
+    @classmethod
     def from_yaml(cls, path: str | Path) -> Taxonomy:
         """Read a taxonomy from a YAML file with the keys `types`, `levels` and `clean`.
 

@@ -65,26 +65,6 @@ def serve(model: PsaVlm, audit: Audit) -> Iterator[Serve]:
     audit.close()
 
 
-@pytest.fixture()
-def see(model: PsaVlm) -> Iterator[Callable[[str, str], None]]:
-    """Makes the bottleneck see one type at one level, whatever it is shown."""
-    head = model.bottleneck.head
-    before = {name: value.clone() for name, value in head.state_dict().items()}
-
-    def set_to(type_: str, level: str) -> None:
-        with torch.no_grad():
-            for linear, index in (
-                (head.to_type, model.taxonomy.type_id(type_)),
-                (head.to_level, model.taxonomy.level_id(level)),
-            ):
-                linear.weight.zero_()
-                linear.bias.zero_()
-                linear.bias[index] = 9.0
-
-    yield set_to
-    head.load_state_dict(before)
-
-
 def image(url: str) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": url}}
 

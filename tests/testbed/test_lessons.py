@@ -23,6 +23,7 @@ from psa_vlm.testbed.lessons import (
 )
 from psa_vlm.testbed.premise import base_path
 from psa_vlm.testbed.scenes import draw_scene, render
+from psa_vlm.testbed.world import world
 
 
 @pytest.fixture(scope="module")
@@ -93,13 +94,16 @@ def test_looking_asks_for_what_is_to_be_found(base: Backbone) -> None:
     assert not any(answer.startswith(("sorry", "sure", "i see")) for answer in answers)
 
 
-def test_a_patch_is_named_by_what_it_shows(base: Backbone) -> None:
+def test_a_patch_is_named_by_what_it_shows_and_where(base: Backbone) -> None:
     batch = naming_batch(Random(7), base.tokenizer, scenes=2)
     scenes = [any_scene(rng) for rng in [Random(7)] for _ in range(2)]
     for words, scene in zip(batch["words"], scenes, strict=True):
-        shown = {item.word or item.name for item in scene.items}
-        ids = {base.tokenizer.convert_tokens_to_ids(word) for word in shown}
-        assert set(words.tolist()) - {-100} == ids
+        told = {
+            tuple(base.tokenizer.convert_ids_to_tokens(ids)) for ids in words if -100 not in ids
+        }
+        places = world().table["places"]
+        shown = {(i.word or i.name, *places[i.place].split()) for i in scene.items}
+        assert told == shown
 
 
 def test_no_risky_image_is_refused_in_training() -> None:

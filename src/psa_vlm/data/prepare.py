@@ -61,7 +61,7 @@ def prepare(config: PrepareConfig, out: Path) -> dict[str, Any]:
         raise MissingExtra("datasets", "train") from None
     if out.exists():
         raise ConfigError(f"{out}: exists already; choose another folder, or delete it")
-    taxonomy = Taxonomy.from_yaml(config.taxonomy) if config.taxonomy else Taxonomy.default()
+    taxonomy = Taxonomy.load(config.taxonomy)
     work = out.with_name(f"{out.name}.work")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)

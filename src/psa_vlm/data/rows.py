@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,10 +158,7 @@ def _parquet(path: Path) -> Iterator[Row | DataError]:
         raise MissingExtra("pyarrow", "train") from None
     try:
         with pq.ParquetFile(path) as file:
-            batches = file.iter_batches(batch_size=_BATCH)
-            values = (value for batch in batches for value in batch.to_pylist())
-            for i, value in enumerate(values):
-                yield Row(f"{path}[{i}]", value, path, str(i))
+            yield from _batches(file.iter_batches(batch_size=_BATCH), path)
     except pa.ArrowException as error:
         raise DataError(f"{path}: not a Parquet file, or damaged ({error})") from None
 
@@ -173,13 +170,15 @@ def _arrow(path: Path) -> Iterator[Row | DataError]:
         raise MissingExtra("pyarrow", "train") from None
     try:
         with pa.memory_map(str(path)) as source:
-            index = 0
-            for batch in pa.ipc.open_stream(source):
-                for value in batch.to_pylist():
-                    yield Row(f"{path}[{index}]", value, path, str(index))
-                    index += 1
+            yield from _batches(pa.ipc.open_stream(source), path)
     except pa.ArrowException as error:
         raise DataError(f"{path}: not an Arrow stream, or damaged ({error})") from None
+
+
+def _batches(batches: Iterable[Any], path: Path) -> Iterator[Row]:
+    """The rows of Arrow record batches."""
+    for i, value in enumerate(value for batch in batches for value in batch.to_pylist()):
+        yield Row(f"{path}[{i}]", value, path, str(i))
 
 
 def _row(where: str, value: object, path: Path, key: str) -> Row | DataError:

@@ -7,7 +7,7 @@ H x W grid.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from math import isqrt
 from typing import Any
@@ -180,6 +180,16 @@ class BackboneSpec:
     """For families whose checkpoints have none."""
 
 
+QWEN2 = BackboneSpec(
+    model_types=("qwen2_vl",),
+    projector="model.visual.merger",
+    language_layers=LAYERS,
+    arrange=by_blocks,
+    image_inputs=("pixel_values", "image_grid_thw"),
+    prompt_inputs=("image_grid_thw",),
+    token_types={"mm_token_type_ids": image_positions},
+)
+
 SPECS: dict[str, BackboneSpec] = {
     "llava": BackboneSpec(
         model_types=("llava",),
@@ -202,34 +212,9 @@ SPECS: dict[str, BackboneSpec] = {
         image_inputs=("pixel_values", "image_sizes", "batch_num_images"),
         grouped=True,
     ),
-    "qwen2-vl": BackboneSpec(
-        model_types=("qwen2_vl",),
-        projector="model.visual.merger",
-        language_layers=LAYERS,
-        arrange=by_blocks,
-        image_inputs=("pixel_values", "image_grid_thw"),
-        prompt_inputs=("image_grid_thw",),
-        token_types={"mm_token_type_ids": image_positions},
-    ),
-    "qwen2.5-vl": BackboneSpec(
-        model_types=("qwen2_5_vl",),
-        projector="model.visual.merger",
-        language_layers=LAYERS,
-        arrange=by_windows,
-        image_inputs=("pixel_values", "image_grid_thw"),
-        prompt_inputs=("image_grid_thw",),
-        token_types={"mm_token_type_ids": image_positions},
-    ),
-    "qwen3-vl": BackboneSpec(
-        model_types=("qwen3_vl",),
-        projector="model.visual.merger",
-        language_layers=LAYERS,
-        arrange=by_blocks,
-        image_inputs=("pixel_values", "image_grid_thw"),
-        prompt_inputs=("image_grid_thw",),
-        token_types={"mm_token_type_ids": image_positions},
-        layered=("deepstack_features",),
-    ),
+    "qwen2-vl": QWEN2,
+    "qwen2.5-vl": replace(QWEN2, model_types=("qwen2_5_vl",), arrange=by_windows),
+    "qwen3-vl": replace(QWEN2, model_types=("qwen3_vl",), layered=("deepstack_features",)),
     "internvl": BackboneSpec(
         model_types=("internvl",),
         projector=PROJECTOR,

@@ -195,7 +195,7 @@ class PatchTagger(Task):
 
 
 class PatchNamer(Task):
-    """The projector learns to give a patch the embedding of the word for what it shows.
+    """The projector learns to give a patch the embeddings of the words for what it shows and where.
 
     "Is there a boat" is then a comparison, which the language model learns once for all things.
     """
@@ -212,10 +212,11 @@ class PatchNamer(Task):
         self.register_buffer("known", known)
 
     def forward(self, pixel_values: Tensor, words: Tensor) -> dict[str, Tensor]:
-        """Args: pixel_values [B, 3, S, S]; words [B, N] token ids, -100 for background."""
+        """Args: pixel_values [B, 3, S, S]; words [B, N, W] token ids, -100 for background."""
         patches = self.projector(self.tower(pixel_values).last_hidden_state[:, 1:])  # [B, N, D]
-        logits = 4 * patches @ self.known.T
-        return {"loss": nn.functional.cross_entropy(logits.flatten(0, 1), words.flatten())}
+        logits = 4 * patches @ self.known.T  # [B, N, V]
+        logits = logits[:, :, None].expand(-1, -1, words.shape[-1], -1)
+        return {"loss": nn.functional.cross_entropy(logits.flatten(0, 2), words.flatten())}
 
 
 class Talker(Task):

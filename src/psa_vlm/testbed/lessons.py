@@ -120,21 +120,22 @@ def tagging_batch(rng: Random, repaint: float = 0.0, scenes: int = 64) -> dict[s
 
 
 def naming_batch(rng: Random, tokenizer: Any, scenes: int = 32) -> dict[str, Tensor]:
-    """`pixel_values [B, 3, SIZE, SIZE]`, and `words [B, N]`: the token of what each patch shows.
+    """`pixel_values [B, 3, SIZE, SIZE]`, and `words [B, N, 3]`: what a patch shows, and its place.
 
     Args:
         rng: source of all choices.
         tokenizer: of the base model.
         scenes: B.
     """
-    names = tokenizer.convert_tokens_to_ids([*world().kinds, *world().table["signs"]])
-    words = torch.tensor([-100, *names])  # background is not named
+    to_ids = tokenizer.convert_tokens_to_ids
+    names = torch.tensor([-100, *to_ids([*world().kinds, *world().table["signs"]])])
+    places = [to_ids(place.split()) for place in world().table["places"]]
+    spots = torch.tensor([[-100, -100], *places])  # background is not named
     drawn = [any_scene(rng) for _ in range(scenes)]
-    kinds = np.stack([patch_tags(scene)[:, 0] for scene in drawn])
-    return {
-        "pixel_values": torch.from_numpy(np.stack([pixels(scene) for scene in drawn])),
-        "words": words[torch.from_numpy(kinds)],
-    }
+    tags = torch.from_numpy(np.stack([patch_tags(scene) for scene in drawn]))
+    words = torch.cat([names[tags[..., 0]][..., None], spots[tags[..., 2]]], dim=-1)
+    images = torch.from_numpy(np.stack([pixels(scene) for scene in drawn]))
+    return {"pixel_values": images, "words": words}
 
 
 # --- dialogues, for the language model -----------------------------------------------------------

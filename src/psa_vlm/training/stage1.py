@@ -29,7 +29,7 @@ def run_stage1(config: Stage1Config, samples: Sequence[Sample] | None = None) ->
         DataError: samples can't be used.
         CheckpointError: the backbone can't be read, or a checkpoint can't be written.
     """
-    taxonomy = Taxonomy.from_yaml(config.taxonomy) if config.taxonomy else Taxonomy.default()
+    taxonomy = Taxonomy.load(config.taxonomy)
     policy = Policy.load(config.policy) if config.policy else Policy.default()
     policy.check(taxonomy)
     samples = read_samples(config, taxonomy) if samples is None else samples
