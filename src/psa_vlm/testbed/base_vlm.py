@@ -161,15 +161,31 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenera
         tie_word_embeddings=False,
     )
     model = LlavaForConditionalGeneration(config)
-    for layer in model.model.language_model.layers:
-        # Equal queries and keys let a word find its like from the first step on.
-        nn.init.normal_(layer.self_attn.q_proj.weight, std=0.05)
-        layer.self_attn.k_proj.load_state_dict(layer.self_attn.q_proj.state_dict())
+    _find_and_copy(model)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.bos_token_id = tokenizer.bos_token_id
     model.generation_config.do_sample = False
     return model
+
+
+@torch.no_grad()
+def _find_and_copy(model: LlavaForConditionalGeneration) -> None:
+    """Random weights with which a word finds its like, takes over what stands there, and says it.
+
+    Queries equal keys, an attention's output turns its values back, and the head repeats the
+    embeddings. From weights without such ties the same is learned several times as slowly.
+    """
+    embeddings = model.get_input_embeddings()
+    assert isinstance(embeddings, nn.Embedding)
+    nn.init.normal_(embeddings.weight, std=0.25)
+    model.lm_head.weight.copy_(0.3 * embeddings.weight)
+    for layer in model.model.language_model.layers:
+        attention = layer.self_attn
+        nn.init.normal_(attention.q_proj.weight, std=0.05)
+        attention.k_proj.weight.copy_(attention.q_proj.weight)
+        nn.init.normal_(attention.v_proj.weight, std=0.03)
+        attention.o_proj.weight.copy_(attention.v_proj.weight.T)
 
 
 # --- what is trained -----------------------------------------------------------------------------
@@ -244,7 +260,7 @@ class Steps:
     """The same, half of the scenes in other palettes."""
     words: int = 150
     """Of 32 scenes, for the projector."""
-    looking: int = 1400
+    looking: int = 900
     """Of 24 scenes with 8 questions each, for projector and language model."""
     dialogues: int = 850
     """Of 24 scenes, or of text alone, with 8 dialogues each."""
