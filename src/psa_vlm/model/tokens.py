@@ -19,7 +19,6 @@ from psa_vlm.errors import CheckpointError, ConfigError, InputError
 if TYPE_CHECKING:
     from psa_vlm.model.backbone import Backbone
 
-TOKEN_STD = 0.02
 BREAKS = ("\u200b", "\u2060", "\u00b7", " ")
 """What may be put inside a forged mark, the least visible first; a tokenizer may drop some."""
 REMEMBERED = 32
@@ -98,7 +97,10 @@ def _with_tokens(processor: Any, tokens: str) -> str:
 
 @torch.no_grad()
 def _add_rows(model: Any, ids: Sequence[int], seed: int) -> None:
-    """Embedding rows for ``ids``; a checkpoint may have spare rows, which are then used."""
+    """Embedding rows for ``ids``, drawn as large as those of words.
+
+    A checkpoint may have spare rows, which are then used.
+    """
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is not None and head.weight is embeddings.weight
     used = min(ids)
@@ -109,7 +111,7 @@ def _add_rows(model: Any, ids: Sequence[int], seed: int) -> None:
         )
     rows = model.get_input_embeddings().weight
     drawn = torch.randn(len(ids), rows.shape[1], generator=torch.Generator().manual_seed(seed))
-    rows[list(ids)] = (drawn * TOKEN_STD).to(rows)
+    rows[list(ids)] = (drawn * rows[:used].float().std()).to(rows)
     if average is not None and not tied:  # never generated: an unremarkable score will do
         head = model.get_output_embeddings()
         head.weight[list(ids)] = average.to(head.weight)
