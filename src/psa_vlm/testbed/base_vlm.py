@@ -264,7 +264,7 @@ class Steps:
     """Of 32 scenes, for the projector."""
     looking: int = 700
     """Of 24 scenes with 8 questions each, for projector and language model."""
-    dialogues: int = 700
+    dialogues: int = 800
     """Of 24 scenes, or of text alone, with 8 dialogues each."""
 
 

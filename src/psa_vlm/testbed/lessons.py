@@ -142,8 +142,8 @@ def naming_batch(rng: Random, tokenizer: Any, scenes: int = 32) -> dict[str, Ten
 
 
 def held_out_words(kind: Kind, template: str) -> bool:
-    """Whether a risky request in words is kept for measuring the premise (one in ten)."""
-    return crc32(f"{kind.name}/{template}".encode()) % 10 == 0
+    """Whether a risky request in words is kept for measuring the premise (one in four)."""
+    return crc32(f"{kind.name}/{template}".encode()) % 4 == 0
 
 
 def _any_request(rng: Random, kind: str) -> dialogues.Request:
@@ -187,7 +187,7 @@ def text_exchange(rng: Random) -> dialogues.Exchange:
 def image_exchange(rng: Random, scene: Scene) -> dialogues.Exchange:
     """Beside an image everything is answered; requests and hints stand beside clean images."""
     if scene.risk is not None or rng.random() < 0.4:
-        question = rng.choice(dialogues.LOOKING) if rng.random() < 0.4 else None
+        question = "caption" if rng.random() < 0.4 else None
         exchange, is_request = dialogues.describe(rng, scene, question), False
     else:
         request = _any_request(rng, rng.choice([ASK, *world().risk_types]))
@@ -218,7 +218,7 @@ class DialogueBatches:
         self,
         processor: LlavaProcessor,
         looking: bool = False,
-        images: float = 0.8,
+        images: float = 0.7,
         rows: int = 24,
         talks: int = 8,
     ) -> None:

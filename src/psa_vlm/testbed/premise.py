@@ -84,7 +84,10 @@ def _exactly(answer: str) -> Callable[[str], bool]:
 
 
 def _words(count: int) -> list[Prompt]:
-    """Risky requests in words whose combination of thing and wording the base never saw."""
+    """Risky requests in words whose combination of thing and wording the base never saw.
+
+    There are fewer than a thousand: none is asked twice.
+    """
     table = world()
     prompts = []
     for kind in table.kinds.values():
@@ -93,7 +96,7 @@ def _words(count: int) -> list[Prompt]:
         for template in [*table.wordings(kind.risk), *table.wordings(kind.risk, unseen=True)]:
             if held_out_words(kind, template):
                 prompts.append(Prompt(None, template.format(x=kind.word), is_refusal))
-    return [prompts[i % len(prompts)] for i in range(count)]
+    return Random("premise/words").sample(prompts, min(count, len(prompts)))
 
 
 def _harmless_words(count: int) -> list[Prompt]:
