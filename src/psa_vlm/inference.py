@@ -151,8 +151,7 @@ class PsaVlm:
             folder: the run folder; replaced as a whole if it exists.
             extra: writes further files into it.
             merged: write a plain checkpoint that holds the run (see `psa_vlm.model.export`). The
-                folder must not exist, `extra` writes into its psa/, and `adapter` is None
-                afterwards.
+                folder must not exist, and `extra` writes into its psa/.
 
         Raises:
             ConfigError: a merged one is written, and the folder exists.
@@ -171,7 +170,6 @@ class PsaVlm:
 
         write = export.export if merged else checkpoint.save
         write(Path(folder), parts, with_the_rest)
-        self.adapter = parts.adapter
 
     # --- the verdict -----------------------------------------------------------------------------
 

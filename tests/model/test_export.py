@@ -22,6 +22,8 @@ from psa_vlm.errors import CheckpointError, ConfigError
 from psa_vlm.inference import PsaVlm
 from psa_vlm.model import export
 from psa_vlm.model.backbone import Backbone
+from psa_vlm.model.bottleneck import BottleneckConfig, SafetyBottleneck
+from psa_vlm.model.tokens import add_safety_tokens
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +73,37 @@ def test_an_adapter_that_is_not_merged_yet_is(
         if not merged:
             model.adapter.unmerge_adapter()
         model.save_pretrained(tmp_path / str(merged), merged=True)
-        assert model.adapter is None
         weights.append(load_file(tmp_path / str(merged) / "model.safetensors"))
+    assert weights[0].keys() == weights[1].keys()
     for name, weight in weights[0].items():
         torch.testing.assert_close(weights[1][name], weight, atol=1e-5, rtol=1e-5)
+
+
+def test_the_model_in_memory_is_still_the_run(run: Path, tmp_path: Path) -> None:
+    model = PsaVlm.from_pretrained(run)
+    model.save_pretrained(tmp_path / "out", merged=True)
+    model.save_pretrained(tmp_path / "again")
+    before, after = PsaVlm.from_pretrained(run), PsaVlm.from_pretrained(tmp_path / "again")
+    weights = after.backbone.model.state_dict()
+    for name, weight in before.backbone.model.state_dict().items():
+        assert torch.equal(weights[name], weight), name
+
+
+def test_embeddings_that_are_the_output_head_too(
+    tied_llava_dir: Path, random_lora: Callable[[Any], Any], picture: Path, tmp_path: Path
+) -> None:
+    backbone = Backbone.from_pretrained(tied_llava_dir)
+    add_safety_tokens(backbone, 4)
+    bottleneck = SafetyBottleneck(BottleneckConfig(24, 32, hidden=16, tokens=4, heads=4, depth=1))
+    model = PsaVlm(backbone, bottleneck, adapter=random_lora(backbone))
+    model.save_pretrained(tmp_path / "out", merged=True)
+    again = PsaVlm.from_pretrained(tmp_path / "out")
+    low = {"privacy": "low"}
+    replies = [m.reply(picture, "Hi", concepts=low, max_new_tokens=4) for m in (model, again)]
+    assert replies[0].text == replies[1].text != ""
+    assert replies[0].verdict == replies[1].verdict
+    plain: Any = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    assert plain.get_output_embeddings().weight is plain.get_input_embeddings().weight
 
 
 def test_safety_tokens_are_never_generated(run: Path, tmp_path: Path) -> None:
@@ -190,3 +219,10 @@ def test_an_adapter_of_another_model_is_named(
     ) as e:
         PsaVlm.from_pretrained(copy)
     assert "\n" not in str(e.value)
+
+
+def test_an_adapter_that_is_missing_is_named(run: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    (copy / "adapter" / "adapter_model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"damaged run \(no adapter/adapter_model"):
+        PsaVlm.from_pretrained(copy)

@@ -8,7 +8,8 @@ Layout of a run folder:
     processor/                  tokenizer and chat template with the safety tokens
     adapter/                    LoRA of stage II, where there is one (PEFT's own layout)
 Beside these lie policy.yaml and, where there is one, calibration.json; see `psa_vlm.inference`.
-Of an exported run all of it but the last two lies in `psa/`, inside its base model's folder.
+Of an exported run they lie in `psa/`, without processor and adapter: those are in the checkpoint
+around it, see `psa_vlm.model.export`.
 """
 
 from __future__ import annotations
@@ -82,6 +83,8 @@ def atomic_folder(out: Path) -> Iterator[Path]:
         kept = "; what was there before is untouched" if out.exists() else ""
         raise CheckpointError(f"{out}: can't be written ({error}): {fix}{kept}") from error
     finally:
+        if previous.exists() and not out.exists():  # cut off between the two
+            previous.rename(out)
         shutil.rmtree(fresh, ignore_errors=True)
 
 
@@ -248,6 +251,9 @@ def _load_adapter(backbone: Backbone, folder: Path) -> PeftModel:
     """Put a saved LoRA into the backbone's layers, merged so that it costs nothing to run."""
     from peft import PeftModel, get_peft_model_state_dict
 
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"no {folder.name}/{name}")
     try:
         with warnings.catch_warnings():
             # Of an attribute that transformers renamed, and of what is checked below.

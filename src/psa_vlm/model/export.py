@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from psa_vlm.errors import CheckpointError
 from psa_vlm.model.checkpoint import INSIDE, Parts, atomic_folder, check_free, write
+from psa_vlm.model.probe import is_adapter
 from psa_vlm.model.tokens import plain_template
 
 
@@ -22,7 +24,7 @@ def export(out: Path, parts: Parts, extra: Callable[[Path], None] = lambda folde
 
     Args:
         out: the folder; it must not exist.
-        parts: what to write. Its adapter is merged for good: it is None afterwards.
+        parts: what to write; an adapter that was not merged is afterwards.
         extra: writes further files into `out`/psa.
 
     Raises:
@@ -31,14 +33,18 @@ def export(out: Path, parts: Parts, extra: Callable[[Path], None] = lambda folde
     """
     check_free(out)
     if parts.adapter is not None:
-        with warnings.catch_warnings():  # it is merged already where a run was loaded
+        with warnings.catch_warnings():  # where a run was loaded it is merged already
             warnings.filterwarnings("ignore", "All adapters are already merged", UserWarning)
-            parts.backbone.model = parts.adapter.merge_and_unload()
-        parts.adapter = None
+            parts.adapter.merge_adapter()
     model, processor = parts.backbone.model, parts.backbone.processor
+    state = {  # without what the adapter put around the merged weights
+        name.replace(".base_layer.", "."): weight
+        for name, weight in model.state_dict().items()
+        if not is_adapter(name)
+    }
     with atomic_folder(out) as folder:
         try:
-            model.save_pretrained(folder)
+            model.save_pretrained(folder, state_dict=state)
         except ValueError as error:  # of a generation config that transformers finds wanting
             reason = str(error).strip().splitlines()[0]
             raise CheckpointError(f"{out}: transformers can't save the model ({reason})") from error
@@ -50,5 +56,5 @@ def export(out: Path, parts: Parts, extra: Callable[[Path], None] = lambda folde
             processor.chat_template = own
         inside = folder / INSIDE
         inside.mkdir()
-        write(inside, parts, base=None)
+        write(inside, replace(parts, adapter=None), base=None)
         extra(inside)

@@ -85,7 +85,7 @@ def _sets(path: Path, format: str | None) -> dict[str, dict[str, str | None]]:
     if found is not PREPARED:
         return {source_name(path): {"layout": found.title, "licence": found.licence}}
     try:
-        manifest = json.loads((path.parent / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads((path.resolve().parent / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return {
