@@ -69,7 +69,7 @@ def test_all_that_is_known_stands_there(run: Path, make_calibration: Any) -> Non
     }
     provenance.save(run, known)
     row = {"method": "stage2", "split": "style", "n": 40, "accuracy": None}
-    row |= {"attack_success": 0.25, "ci": {"attack_success": [0.1, 0.5]}}
+    row |= {"attack_success": 0.0, "ci": {"attack_success": [0.0, 0.09]}}
     (run / "scorecard.json").write_text(json.dumps({"rows": [row]}))
     card, text = card_of(run)
     assert (card.data.base_model, card.data.license) == ("owner/vlm-7b", "mit")
@@ -82,7 +82,7 @@ def test_all_that_is_known_stands_there(run: Path, make_calibration: Any) -> Non
         "seed: 7",
         "  r: 256",
         "| method | split | attack success | n |",
-        "| stage2 | style | 0.250 (0.100 to 0.500) | 40 |",
+        "| stage2 | style | 0.000 (0.000 to 0.090) | 40 |",
         "of each type at most 1.0% missed",
         "valid until 9999-12-31",
     ):

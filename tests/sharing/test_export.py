@@ -18,6 +18,7 @@ from psa_vlm.data.contamination import Seen
 from psa_vlm.data.sample import Sample, Turn
 from psa_vlm.errors import CheckpointError, ConfigError
 from psa_vlm.inference import PsaVlm
+from psa_vlm.model.checkpoint import fingerprint
 from psa_vlm.sharing.export import export_run, push
 
 
@@ -35,7 +36,7 @@ def run(
     folder = tmp_path_factory.mktemp("export") / "run"
     model.save_pretrained(folder)
     Seen.of([Sample("s", (), (Turn("user", "Hi"),))]).save(folder)
-    for name in ("training.json", "README.md", "calibration.html"):
+    for name in ("training.json", "README.md", "calibration.html", "notes.json"):
         (folder / name).write_text(name)
     return folder
 
@@ -47,12 +48,14 @@ def exported(run: Path) -> Path:
     return out
 
 
-def test_records_go_along_and_pages_do_not(run: Path, exported: Path) -> None:
+def test_records_go_along_and_nothing_else_does(run: Path, exported: Path) -> None:
     inside = exported / "psa"
     assert (inside / "training.json").read_text() == "training.json"
     assert (inside / "calibration.json").read_bytes() == (run / "calibration.json").read_bytes()
-    assert not (inside / "calibration.html").exists() and not (inside / "README.md").exists()
+    for name in ("calibration.html", "README.md", "notes.json"):
+        assert not (inside / name).exists()
     assert "aligned with psa-vlm" in (exported / "README.md").read_text()
+    assert fingerprint(exported) == fingerprint(inside) != fingerprint(run)
     again = exported.with_name("again")
     export_run(exported, again)
     assert sorted(path.name for path in (again / "psa").iterdir()) == sorted(

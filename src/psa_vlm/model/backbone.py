@@ -381,14 +381,17 @@ class Backbone:
 
 
 def _check_family(path: str | PathLike[str], model_type: str) -> None:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    try:
+        spec_for(model_type)
+    except CheckpointError as error:
+        from transformers.models.auto import modeling_auto as known
 
-    if model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        if model_type in known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+            raise CheckpointError(f"{path}: {error}") from None
         raise CheckpointError(
             f"{path}: a model of type {model_type} does not read images and text; give the folder"
             " or hub id of a vision-language model"
-        )
-    spec_for(model_type)
+        ) from None
 
 
 @contextmanager

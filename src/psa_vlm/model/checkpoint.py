@@ -44,8 +44,6 @@ FORMAT = 1
 MANIFEST = "psa.json"
 INSIDE = "psa"
 """In an exported checkpoint: the folder of all that is not plain transformers."""
-PAGES = (".html", ".md")
-"""What in a run is for people to read."""
 
 
 @dataclass
@@ -191,7 +189,7 @@ def fingerprint(folder: Path) -> str:
     folder = home(folder)
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != "policy.yaml" and path.suffix not in PAGES:
+        if path.is_file() and path.name != "policy.yaml" and path.suffix not in (".html", ".md"):
             with path.open("rb") as stream:
                 content = hashlib.file_digest(stream, "sha256").hexdigest()
             digest.update(f"{path.relative_to(folder).as_posix()}\n{content}\n".encode())

@@ -71,8 +71,8 @@ def read(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: can't be read as tensors ({reason})") from error
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path}: holds more than tensors, and nothing else is unpickled; save its state dict"
-            " as safetensors"
+            f"{path}: is damaged, or holds more than tensors, and nothing else is unpickled; save"
+            " its state dict as safetensors"
         ) from error
     ours = {match[1]: held[key] for key in held if (match := _OURS.fullmatch(key))}
     if not ours:

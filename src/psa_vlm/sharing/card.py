@@ -20,6 +20,7 @@ from psa_vlm.taxonomy import Taxonomy
 
 NAME = "README.md"
 SCORECARD = "scorecard.json"
+"""In a run folder: how it was scored, if somebody put it there."""
 TAGS = ["psa-vlm", "safety", "concept-bottleneck"]
 
 
@@ -61,13 +62,13 @@ def _values(folder: Path, known: Mapping[str, Any]) -> dict[str, Any]:
     parts = {1: "concepts and safety tokens (stage I)", 2: "LoRA on the language model (stage II)"}
     return {
         "exported": run != folder,
-        "base": base["id"] or (f"{base['folder']} (a local folder)" if base["folder"] else None),
-        "licence": base["license_name"] or base["license"],
+        "base": base["id"] or (base["folder"] and _cell(f"{base['folder']} (a local folder)")),
+        "licence": _cell(base["license_name"] or base["license"]),
         "types": ", ".join(words.types),
         "levels": ", ".join(words.levels),
         "tokens": manifest["safety_tokens"],
         "trained": ", ".join(parts[stage["stage"]] for stage in stages) or "not known",
-        "policy": f"{policy.name}, in `policy.yaml`",
+        "policy": _cell(f"{policy.name}, in `policy.yaml`"),
         "calibration": "none" if calibration is None else _promise(calibration),
         "calibrated": calibration is not None,
         "version": __version__,
@@ -112,7 +113,8 @@ def _results(path: Path) -> dict[str, Any] | None:
         metrics = [
             name
             for name in rows[0]
-            if name not in ("method", "split", "n", "ci") and any(row[name] for row in rows)
+            if name not in ("method", "split", "n", "ci")
+            and any(row[name] is not None for row in rows)
         ]
         return {
             "columns": ["method", "split", *(name.replace("_", " ") for name in metrics), "n"],

@@ -5,18 +5,21 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from psa_vlm.data.contamination import FILE as SEEN
 from psa_vlm.errors import CheckpointError
 from psa_vlm.inference import PsaVlm
-from psa_vlm.model.checkpoint import PAGES, check_free, home, read_manifest
+from psa_vlm.model.checkpoint import check_free, home, read_manifest
 from psa_vlm.sharing import provenance
-from psa_vlm.sharing.card import write_card
+from psa_vlm.sharing.card import SCORECARD, write_card
+
+RECORDS = (provenance.RECORD, provenance.HISTORY, SEEN, SCORECARD)
 
 
 def export_run(run: Path, out: Path, base: Path | None = None) -> None:
     """Write a run as a plain Hugging Face checkpoint that holds all of it.
 
     Args:
-        run: the run folder; what else lies in it (records, scorecard) goes along.
+        run: the run folder; its records and a scorecard go along.
         out: the folder; it must not exist.
         base: where the base model is now, if it moved.
 
@@ -32,10 +35,10 @@ def export_run(run: Path, out: Path, base: Path | None = None) -> None:
 
 
 def _ride_along(run: Path, inside: Path) -> None:
-    """Copy what a run holds beside its weights, and write the card."""
-    for path in home(run).iterdir():
-        if path.is_file() and path.suffix not in PAGES and not (inside / path.name).exists():
-            shutil.copy(path, inside)
+    """Copy the records of a run, and nothing else that may lie in it, and write the card."""
+    for name in RECORDS:
+        if (home(run) / name).is_file():
+            shutil.copy(home(run) / name, inside)
     provenance.save(inside, provenance.load(run))
     write_card(inside.parent)
 

@@ -26,6 +26,10 @@ from psa_vlm.data.sample import Sample
 from psa_vlm.model.checkpoint import home, read_manifest
 
 FILE = "provenance.json"
+RECORD = "training.json"
+"""In a run folder: the configuration and the data that it was made with."""
+HISTORY = "history.json"
+"""In a run folder: the loss curve of each part that was trained."""
 NOT_KNOWN = "What it was trained on is not known."
 TERMS = ("license", "license_name", "license_link")
 """What of a base model's card is carried over."""

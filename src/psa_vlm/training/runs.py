@@ -22,6 +22,7 @@ from psa_vlm.model.checkpoint import home
 from psa_vlm.model.probe import probe
 from psa_vlm.sharing import provenance
 from psa_vlm.sharing.card import write_card
+from psa_vlm.sharing.provenance import HISTORY, RECORD
 from psa_vlm.taxonomy import Taxonomy
 from psa_vlm.training.config import RunConfig, changes
 from psa_vlm.training.features import image_key
@@ -30,11 +31,6 @@ from psa_vlm.training.processes import is_main, main_first
 
 if TYPE_CHECKING:
     from psa_vlm.inference import PsaVlm
-
-RECORD = "training.json"
-"""In a run folder: the configuration and the data that it was made with."""
-HISTORY = "history.json"
-"""In a run folder: the loss curve of each part that was trained."""
 
 WRITING = ".writing"
 """Ends the name of a file that is not complete yet."""
