@@ -151,6 +151,27 @@ def run_dir(llava_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def random_lora() -> Callable[[Any], Any]:
+    """Puts a LoRA of random weights into a backbone, merged as a loaded one is."""
+    import warnings
+
+    import peft
+    import torch
+
+    def add(backbone: Any) -> Any:
+        layers = backbone.spec.language_layers
+        config = peft.LoraConfig(r=2, target_modules=layers, init_lora_weights=False)
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            torch.manual_seed(1)
+            adapter = peft.get_peft_model(backbone.model, config)
+        adapter.merge_adapter()
+        return adapter
+
+    return add
+
+
+@pytest.fixture(scope="session")
 def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A PNG of four coloured squares."""
     from PIL import Image

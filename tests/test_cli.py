@@ -69,7 +69,8 @@ def test_help_names_every_command(psa: Psa) -> None:
     outcome = psa("--help")
     assert outcome.code == 0
     commands = ("demo", "train", "assess", "chat", "evaluate", "calibrate", "data", "policy")
-    for command in (*commands, "testbed", "serve", "audit", "keys"):
+    sharing = ("export", "import-official", "push")
+    for command in (*commands, *sharing, "testbed", "serve", "audit", "keys"):
         assert command in outcome.out
 
 
@@ -382,3 +383,48 @@ def test_an_audit_log_is_verified_and_exported(psa: Psa, tmp_path: Path) -> None
 
 def test_serve_refuses_the_open_without_keys(psa: Psa, run_dir: Path) -> None:
     one_line(psa("serve", "--model", run_dir, "--host", "0.0.0.0"), "psa-vlm keys add")
+
+
+# --- sharing -------------------------------------------------------------------------------------
+
+
+def test_an_export_is_a_model_for_every_command(
+    psa: Psa, run_dir: Path, picture: Path, tmp_path: Path
+) -> None:
+    from psa_vlm.data.contamination import Seen
+    from psa_vlm.data.readers import read
+
+    data, run, out = tmp_path / "data.jsonl", tmp_path / "run", tmp_path / "out"
+    data.write_text(json.dumps(labelled(picture)) + "\n")
+    shutil.copytree(run_dir, run)
+    Seen.of(read(data)).save(run)
+    assert f"exported to {out}" in psa("export", run, out).out
+    asked = (picture, "--text", "What is this?", "--json", "--model")
+    told = [json.loads(psa("assess", *asked, model).out)["verdict"] for model in (run, out)]
+    assert told[0] == told[1]
+    scored = json.loads(psa("evaluate", "--model", out, "--data", data, "--json").out)
+    assert scored["contamination"]["both"] == 1
+    one_line(psa("export", run, out), f"{out}: exists already", "choose another folder")
+    one_line(psa("export", data.parent, tmp_path / "new"), "not a psa-vlm run", code=1)
+    gone = psa("export", run, tmp_path / "new", "--base", tmp_path / "gone")
+    one_line(gone, "gone", "give its new place", code=1)
+
+
+def test_the_authors_checkpoint_becomes_a_run(
+    psa: Psa, llava_dir: Path, picture: Path, tmp_path: Path
+) -> None:
+    state = Path(__file__).parent / "data" / "parity" / "official_tiny.safetensors"
+    run, base = tmp_path / "run", ("--base", llava_dir)
+    assert f"imported to {run}" in psa("import-official", state, run, *base).out
+    told = psa("assess", picture, "--text", "What is this?", "--json", "--model", run)
+    assert json.loads(told.out)["verdict"]["error"] is None
+    one_line(psa("import-official", state, run, *base), "exists already")
+    none = psa("import-official", tmp_path / "none.bin", tmp_path / "new", *base)
+    one_line(none, "none.bin", "No such file", code=1)
+    Taxonomy(("weapons", "clean"), ("safe", "high"), "clean").to_yaml(tmp_path / "few.yaml")
+    few = ("--taxonomy", tmp_path / "few.yaml")
+    one_line(psa("import-official", state, tmp_path / "new", *base, *few), "7 types", "names 2")
+
+
+def test_what_is_no_run_is_not_pushed(psa: Psa, tmp_path: Path) -> None:
+    one_line(psa("push", tmp_path, "me/mine"), "not a psa-vlm run", code=1)

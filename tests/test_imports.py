@@ -66,7 +66,7 @@ LAYERS = [
     {"model"},
     {"policy"},
     {"inference"},
-    {"training", "evaluation", "robustness", "serving", "scan"},
+    {"training", "evaluation", "robustness", "serving", "scan", "sharing"},
     {"testbed"},
     {"cli"},
     {"__main__"},

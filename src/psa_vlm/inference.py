@@ -15,7 +15,7 @@ import torch
 from psa_vlm.data.images import Source, open_images
 from psa_vlm.data.sample import Turn
 from psa_vlm.errors import InputError
-from psa_vlm.model import checkpoint
+from psa_vlm.model import checkpoint, export
 from psa_vlm.model.backbone import Backbone, ImageFeatures
 from psa_vlm.model.bottleneck import BottleneckOutput, SafetyBottleneck
 from psa_vlm.model.calibration import FILE, Calibration, Temperatures
@@ -121,12 +121,13 @@ class PsaVlm:
         device: torch.device | str | None = None,
         calibrated: bool = True,
     ) -> PsaVlm:
-        """Load a run folder: see `psa_vlm.model.checkpoint.load` for arguments and errors.
+        """Load a run folder, exported or not: see `psa_vlm.model.checkpoint.load` for arguments
+        and errors.
 
         A calibration in it is used, and one that is damaged or of other weights is an error;
         with `calibrated=False` it is not looked at.
         """
-        folder = Path(folder)
+        folder = checkpoint.home(Path(folder))
         parts = checkpoint.load(folder, base, taxonomy, dtype, device)
         policy = Policy.from_yaml(folder / "policy.yaml")
         calibration = None
@@ -139,15 +140,21 @@ class PsaVlm:
         )
 
     def save_pretrained(
-        self, folder: str | Path, extra: Callable[[Path], None] = lambda folder: None
+        self,
+        folder: str | Path,
+        extra: Callable[[Path], None] = lambda folder: None,
+        merged: bool = False,
     ) -> None:
         """Write a run folder, all of it or nothing: see `psa_vlm.model.checkpoint.save`.
 
         Args:
             folder: the run folder; replaced as a whole if it exists.
             extra: writes further files into it.
+            merged: write a plain checkpoint that holds the run (see `psa_vlm.model.export`). The
+                folder must not exist, and `extra` writes into its psa/.
 
         Raises:
+            ConfigError: a merged one is written, and the folder exists.
             CheckpointError: it can't be written, or the calibration is of other weights.
         """
         parts = checkpoint.Parts(self.backbone, self.bottleneck, self.taxonomy, self.adapter)
@@ -161,7 +168,8 @@ class PsaVlm:
                 (path / FILE).write_text(self.calibration.to_json(), encoding="utf-8")
             extra(path)
 
-        checkpoint.save(Path(folder), parts, with_the_rest)
+        write = export.export if merged else checkpoint.save
+        write(Path(folder), parts, with_the_rest)
 
     # --- the verdict -----------------------------------------------------------------------------
 
@@ -197,7 +205,8 @@ class PsaVlm:
             if features is None:
                 return []
             texts = [request.text for request in requests for _ in request.rows]
-            h_t, mask = self.backbone.embed_text(texts)  # [B, T, D], [B, T]
+            begin = self.bottleneck.config.begin
+            h_t, mask = self.backbone.embed_text(texts, begin)  # [B, T, D], [B, T]
             output = self.bottleneck.read(features.maps, h_t, mask)
             images = self._image_verdicts(output, [tuple(one.shape[:2]) for one in features.maps])
             return [

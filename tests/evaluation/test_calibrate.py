@@ -227,7 +227,7 @@ def test_the_command_leaves_calibration_and_page_and_prints_both_ways(
     data = write(samples, tmp_path)
     lax = ["--confidence", 0.8, "--miss-rate", 0.4, "--false-refusal", 0.4]
 
-    def psa(*options: object) -> int | str | None:
+    def psa(*options: object, run: Path = run) -> int | str | None:
         command = ["psa-vlm", "calibrate", run, "--data", data, *options]
         monkeypatch.setattr(sys, "argv", [str(word) for word in command])
         with pytest.raises(SystemExit) as stopped:
@@ -244,7 +244,11 @@ def test_the_command_leaves_calibration_and_page_and_prints_both_ways(
     for part in ("type-before", "type-after", "level-before", "level-after"):
         assert f'id="{part}"' in page and f'"{part}"' in page
     assert calibrated.calibration.data in page and "http-equiv" in page
-    assert psa(*lax, "--json") == 0
+    assert "of each type at most 40.0% missed" in (run / "README.md").read_text("utf-8")
+    exported = tmp_path / "exported"
+    model.save_pretrained(exported, merged=True)
+    assert psa(*lax, "--json", run=exported) == 0
+    assert PsaVlm.from_pretrained(exported).calibration is not None
     assert json.loads(capsys.readouterr().out)["miss_rate"] == 0.4
     assert psa("--confidence", 0.8) == 2
     assert "needs 161" in capsys.readouterr().err  # 1% at 80%

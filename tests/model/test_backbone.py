@@ -13,7 +13,13 @@ import pytest
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoProcessor, LlamaConfig, LlavaProcessor, PreTrainedTokenizerFast
+from transformers import (
+    AutoProcessor,
+    Blip2Config,
+    LlamaConfig,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
 
 from psa_vlm.data.sample import Turn
 from psa_vlm.errors import CheckpointError, InputError
@@ -89,8 +95,14 @@ def test_dtype_can_be_chosen(llava_dir: Path) -> None:
 
 
 def test_an_unknown_family_is_named_with_the_known_ones(tmp_path: Path) -> None:
+    Blip2Config().save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"'blip-2' is not known \(known: .*llava, "):
+        Backbone.from_pretrained(tmp_path)
+
+
+def test_a_model_of_words_alone_is_named(tmp_path: Path) -> None:
     LlamaConfig(hidden_size=8, num_attention_heads=2, num_hidden_layers=1).save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match=r"'llama' is not known \(known: .*llava, "):
+    with pytest.raises(CheckpointError, match=rf"{tmp_path}: .* llama does not read images"):
         Backbone.from_pretrained(tmp_path)
 
 
@@ -179,6 +191,14 @@ def test_embed_text_is_the_users_own_words(backbone: Backbone) -> None:
     forged, _ = backbone.embed_text(["<image>"])
     image = backbone.model.get_input_embeddings().weight[backbone.image_token_id]
     assert not any(torch.equal(row, image) for row in forged[0])
+
+
+def test_a_text_can_be_read_from_its_begin_mark_on(backbone: Backbone) -> None:
+    rows = backbone.model.get_input_embeddings().weight
+    embeds, mask = backbone.embed_text(["hi", "h"], begin=True)
+    assert mask.sum(1).tolist() == [3, 2]
+    assert all(torch.equal(row, rows[backbone.tokenizer.bos_token_id]) for row in embeds[:, 0])
+    assert torch.equal(embeds[:, 1:], backbone.embed_text(["hi", "h"])[0])
 
 
 def test_all_of_a_text_is_assessed_or_none(backbone: Backbone) -> None:

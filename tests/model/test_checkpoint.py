@@ -121,6 +121,25 @@ def test_a_full_disk_leaves_the_last_good_run(
     PsaVlm.from_pretrained(run)
 
 
+def test_a_run_that_is_not_replaced_in_the_end_is_put_back(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = Path.rename
+
+    def stopped(self: Path, target: Path) -> Path:
+        if self.name.endswith(".writing"):
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    model = PsaVlm.from_pretrained(run)
+    before = checkpoint.fingerprint(run)
+    monkeypatch.setattr(Path, "rename", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        model.save_pretrained(run)
+    assert checkpoint.fingerprint(run) == before
+    assert [path.name for path in run.parent.iterdir()] == ["run"]
+
+
 def test_saving_replaces_a_run_as_a_whole(run: Path) -> None:
     (run / "adapter").mkdir()
     (run / "adapter" / "stale.txt").write_text("of an older run")
@@ -133,6 +152,7 @@ def test_a_fingerprint_tells_runs_apart_but_not_their_policies(run: Path, run_di
     before = checkpoint.fingerprint(run)
     assert before == checkpoint.fingerprint(run_dir)  # wherever it lies
     (run / "policy.yaml").write_text("name: other\ninherits: strict\n")
+    (run / "README.md").write_text("its card")
     assert checkpoint.fingerprint(run) == before
     weights = run / "bottleneck.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,11 @@ def picture(seed: int) -> Image.Image:
 
 def asked(*texts: str) -> list[list[Turn]]:
     return [[Turn("user", text)] for text in texts]
+
+
+def small_bottleneck(backbone: Backbone) -> SafetyBottleneck:
+    sizes = {"hidden": 16, "tokens": 4, "heads": 4, "depth": 1}
+    return SafetyBottleneck(BottleneckConfig(backbone.vision_width, backbone.text_width, **sizes))
 
 
 @pytest.fixture(scope="module")
@@ -181,13 +186,9 @@ def test_features_lie_as_the_image_does(backbone: Backbone, size: tuple[int, int
 
 
 def test_images_of_any_size_are_assessed_together(backbone: Backbone) -> None:
-    sizes = {"hidden": 16, "tokens": 4, "heads": 4, "depth": 1}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        bottleneck = SafetyBottleneck(
-            BottleneckConfig(backbone.vision_width, backbone.text_width, **sizes)
-        )
-    model = PsaVlm(backbone, bottleneck)
+        model = PsaVlm(backbone, small_bottleneck(backbone))
     images, texts = [picture(i) for i in range(4)], ["What?", "What is it?", "?", "Is it?"]
     together = model.assess_batch(images, texts)
     for image, text, verdict in zip(images, texts, together, strict=True):
@@ -276,3 +277,72 @@ def test_both_stages_learn_and_change_only_what_they_may(
             kept = [i for i in range(len(weight)) if i not in rows]
             now, weight = now[kept], weight[kept]
         assert torch.equal(now, weight), name
+
+
+# --- exporting -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(
+    family_dir: Path, random_lora: Callable[[Any], Any], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A run of each family with a LoRA, all of it random."""
+    backbone = Backbone.from_pretrained(family_dir)
+    add_safety_tokens(backbone, 3)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        bottleneck = small_bottleneck(backbone)
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    PsaVlm(backbone, bottleneck, adapter=random_lora(backbone)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(run: Path) -> Path:
+    folder = run.with_name("exported")
+    PsaVlm.from_pretrained(run).save_pretrained(folder, merged=True)
+    return folder
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_an_export_is_plain_transformers(run: Path, exported: Path, count: int) -> None:
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    images = [picture(i) for i in range(count)]
+    backbone = PsaVlm.from_pretrained(run).backbone
+    features = backbone.encode(images, [count])
+    inputs = backbone.prompts(asked("What is this?"), [count], features=features)
+    plain: Any = AutoModelForImageTextToText.from_pretrained(exported).eval()
+    processor: Any = AutoProcessor.from_pretrained(exported)
+    content = [{"type": "image", "image": image} for image in images]
+    with warnings.catch_warnings():  # PaliGemma's also makes labels, as NumPy does not like
+        warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)
+        given = processor.apply_chat_template(
+            [{"role": "user", "content": [*content, {"type": "text", "text": "What is this?"}]}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+    assert torch.equal(given["input_ids"], inputs["input_ids"])
+    given = {name: value for name, value in given.items() if name in WANTED}
+    with torch.no_grad():
+        expected = backbone.model(**inputs, **features.model_inputs()).logits
+        torch.testing.assert_close(plain(**given).logits, expected, atol=1e-4, rtol=1e-4)
+        new = plain.generate(**given, max_new_tokens=6, do_sample=False)
+    answer = processor.decode(new[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert [answer.strip()] == backbone.generate(inputs, features, 6)
+
+
+def test_an_export_is_a_whole_run(run: Path, exported: Path) -> None:
+    before, after = PsaVlm.from_pretrained(run), PsaVlm.from_pretrained(exported)
+    assert after.adapter is None and before.adapter is not None
+    assert str(after.backbone.source) == str(exported)
+    after.policy = before.policy  # an equal one, that names another file as its source
+    images, texts = [picture(i) for i in range(2)], ["What?", "Is it?"]
+    for concepts in (None, {"privacy": "low"}):
+        replies = [
+            model.reply_batch(images, texts, concepts=concepts, max_new_tokens=6)
+            for model in (before, after)
+        ]
+        assert replies[0] == replies[1]

@@ -16,6 +16,7 @@ from psa_vlm.data.sample import Sample
 from psa_vlm.errors import CheckpointError, ConfigError, DataError
 from psa_vlm.inference import PsaVlm
 from psa_vlm.policy.policy import Policy
+from psa_vlm.sharing import provenance
 from psa_vlm.taxonomy import Taxonomy
 from psa_vlm.training import runs, stage2
 from psa_vlm.training.config import DataFile, Stage1Config, Stage2Config
@@ -71,6 +72,18 @@ def test_a_run_folder_knows_what_it_was_trained_on(
         "both": 0,
         "ids": (),
     }
+
+
+def test_a_run_folder_says_what_it_was_made_from(
+    aligned: PsaVlm, config: Stage1Config, llava_dir: Path
+) -> None:
+    known = provenance.load(config.out)
+    (stage,) = known["stages"]
+    assert (known["base"]["folder"], known["note"]) == (llava_dir.name, None)
+    assert (stage["stage"], stage["data"]["samples"]) == (1, 6)
+    assert stage["data"]["type"] == {"privacy": 3, "clean": 3}
+    assert stage["config"]["tokens"]["count"] == 3 and "out" not in stage["config"]
+    assert "By type: privacy 3, clean 3." in (config.out / "README.md").read_text()
 
 
 def test_a_finished_run_is_not_trained_again(
@@ -190,6 +203,8 @@ def test_stage2_trains_beside_the_hints_and_leaves_the_rest(
         assert (second.out / name).read_bytes() == (config.out / name).read_bytes()
     seen = Seen.load(second.out)
     assert seen and contamination([earlier, *samples], seen).images == 1 + len(samples)
+    assert [stage["stage"] for stage in provenance.load(second.out)["stages"]] == [1, 2]
+    assert "LoRA on the language model" in (second.out / "README.md").read_text()
     loaded = PsaVlm.from_pretrained(second.out)
     assert policy.hash == model.policy.hash == loaded.policy.hash
     for name, tensor in model.backbone.model.state_dict().items():

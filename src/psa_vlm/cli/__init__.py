@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from psa_vlm.cli import ask, data, measure, policy, service, testbed, train
+from psa_vlm.cli import ask, data, measure, policy, service, sharing, testbed, train
 from psa_vlm.errors import PsaVlmError
 
 app = typer.Typer(
@@ -23,6 +23,9 @@ for command in (
     measure.evaluate,
     measure.calibrate,
     service.serve,
+    sharing.export,
+    sharing.import_official,
+    sharing.push,
 ):
     app.command()(command)
 for name, group in {

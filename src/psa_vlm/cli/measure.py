@@ -40,10 +40,11 @@ def evaluate(
         return
     from psa_vlm.data.contamination import Seen, contamination
     from psa_vlm.data.readers import read
+    from psa_vlm.model.checkpoint import home
 
     samples = read(data, images, vlm.taxonomy, categories=map_file)[:limit]
     summary = evaluate_samples(vlm, samples)
-    seen = Seen.load(model)
+    seen = Seen.load(home(model))
     shared = None if seen is None else contamination(samples, seen)
     if as_json:
         print_json(summary.to_dict() | {"contamination": shared and shared.to_dict()})
@@ -75,15 +76,18 @@ def calibrate(
     from psa_vlm.evaluation.calibrate import calibrate as fit
     from psa_vlm.evaluation.calibration_report import table, write_calibration
     from psa_vlm.model.calibration import FILE
+    from psa_vlm.model.checkpoint import home
+    from psa_vlm.sharing.card import write_card
 
     promise = Promise(miss_rate, false_refusal, confidence)
     vlm = load_run(run, base, calibrated=False)
     calibration = fit(vlm, read(data, images, vlm.taxonomy), promise, valid_days)
-    calibration.save(run / FILE)
-    page = run / "calibration.html"
+    calibration.save(home(run) / FILE)
+    page = home(run) / "calibration.html"
     write_calibration(page, calibration, vlm.taxonomy, run)
+    write_card(run)
     if as_json:
         print_json(calibration.model_dump(mode="json"))
     else:
         Console().print(table(calibration, vlm.taxonomy))
-        Console().print(f"calibration: {run / FILE}   report: {page}")
+        Console().print(f"calibration: {home(run) / FILE}   report: {page}")

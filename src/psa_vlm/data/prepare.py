@@ -29,7 +29,7 @@ from psa_vlm.data.divide import Columns, divide
 from psa_vlm.data.formats import find, format_named
 from psa_vlm.data.hashes import Fingerprint, fingerprinter
 from psa_vlm.data.images import open_images
-from psa_vlm.data.readers import scan
+from psa_vlm.data.readers import scan, source_name
 from psa_vlm.data.sample import Sample
 from psa_vlm.errors import ConfigError, DataError, InputError, MissingExtra
 from psa_vlm.taxonomy import Taxonomy
@@ -162,6 +162,7 @@ def _described(source: Source) -> dict[str, Any]:
             hashes[str(file)] = hashlib.file_digest(stream, "sha256").hexdigest()
     return {
         "path": str(source.path),
+        "name": source_name(source.path),
         "format": found.name,
         "licence": found.licence,
         "files": hashes,

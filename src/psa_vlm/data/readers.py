@@ -93,13 +93,18 @@ def scan(
     path = Path(path)
     found, files = find(path, format_named(format) if format else None)
     reading = Reading(
-        source=path.name if path.is_dir() else path.stem,
+        source=source_name(path),
         taxonomy=taxonomy or Taxonomy.default(),
         categories=CategoryMap.load(found.name, categories),
         images_dir=None if images_dir is None else Path(images_dir),
     )
     for file in files:
         yield from _samples(file, found, reading, check_images)
+
+
+def source_name(path: Path) -> str:
+    """What the samples of a file or folder say they come from."""
+    return path.name if path.is_dir() else path.stem
 
 
 def _samples(

@@ -112,6 +112,8 @@ class Backbone:
         self.probe = probe(model)
         self.processor = processor
         self.tokenizer = processor.tokenizer
+        if self.spec.plain_template is not None:  # the checkpoint's is for its processor alone
+            processor.chat_template = self.spec.chat_template
         for template in (self.tokenizer.chat_template, self.spec.chat_template):
             if not isinstance(processor.chat_template, str):
                 processor.chat_template = template
@@ -133,12 +135,13 @@ class Backbone:
             device: None means the CPU.
 
         Raises:
-            CheckpointError: if it can't be loaded or its family is unknown.
+            CheckpointError: if it can't be loaded, is no vision-language model, or its family is
+                unknown.
         """
         from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
         try:
-            spec_for(AutoConfig.from_pretrained(path).model_type)
+            _check_family(path, AutoConfig.from_pretrained(path).model_type)
             processor = AutoProcessor.from_pretrained(path)
             model: Any = AutoModelForImageTextToText.from_pretrained(
                 path, dtype="auto" if dtype is None else dtype, use_safetensors=True
@@ -261,8 +264,12 @@ class Backbone:
         return tensors, marks
 
     @torch.no_grad()
-    def embed_text(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def embed_text(self, texts: Sequence[str], begin: bool = False) -> tuple[Tensor, Tensor]:
         """Input embeddings of the users' own words: no template, no special token (paper: h_t).
+
+        Args:
+            texts: B of them.
+            begin: put the begin-of-text mark before each, where the tokenizer has one.
 
         Returns:
             Embeddings ``[B, T, D]``, zero in the padding on the right, and the mask ``[B, T]``
@@ -273,6 +280,8 @@ class Backbone:
                 assessed, or none of it is answered.
         """
         rows = []
+        mark = self.tokenizer.bos_token_id if begin else None
+        first = [] if mark is None else [mark]
         for text in texts:
             ids = guard_of(self.processor).clean_ids(text)
             if not text.strip() or not ids:
@@ -282,7 +291,7 @@ class Backbone:
                     f"the text is {len(ids):,} tokens long and the model reads "
                     f"{self.max_tokens:,}: shorten it"
                 )
-            rows.append(torch.tensor(ids))
+            rows.append(torch.tensor(first + ids))
         device = self.device
         ids_ = pad_sequence(rows, batch_first=True).to(device)  # [B, T]
         mask = pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in rows], True)
@@ -369,6 +378,20 @@ class Backbone:
         new = ids[:, inputs["input_ids"].shape[1] :]  # [B, new tokens]
         texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
         return [text.strip() for text in texts]
+
+
+def _check_family(path: str | PathLike[str], model_type: str) -> None:
+    try:
+        spec_for(model_type)
+    except CheckpointError as error:
+        from transformers.models.auto import modeling_auto as known
+
+        if model_type in known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+            raise CheckpointError(f"{path}: {error}") from None
+        raise CheckpointError(
+            f"{path}: a model of type {model_type} does not read images and text; give the folder"
+            " or hub id of a vision-language model"
+        ) from None
 
 
 @contextmanager

@@ -49,6 +49,11 @@ class BottleneckConfig:
     queries: tuple[int, int] | None = None
     """Grid of the safety features (rows, columns); None keeps the grid of the image."""
 
+    @property
+    def begin(self) -> bool:
+        """Whether texts are read from a begin mark on, which is the authors' first position."""
+        return self.pooling == "first"
+
     def __post_init__(self) -> None:
         if self.queries is not None:
             object.__setattr__(self, "queries", tuple(self.queries))  # JSON has lists only

@@ -8,6 +8,8 @@ Layout of a run folder:
     processor/                  tokenizer and chat template with the safety tokens
     adapter/                    LoRA of stage II, where there is one (PEFT's own layout)
 Beside these lie policy.yaml and, where there is one, calibration.json; see `psa_vlm.inference`.
+Of an exported run they lie in `psa/`, without processor and adapter: those are in the checkpoint
+around it, see `psa_vlm.model.export`.
 """
 
 from __future__ import annotations
@@ -25,14 +27,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from psa_vlm.errors import CheckpointError
+from psa_vlm.errors import CheckpointError, ConfigError
 from psa_vlm.model.backbone import Backbone
 from psa_vlm.model.bottleneck import BottleneckConfig, SafetyBottleneck
-from psa_vlm.model.probe import same_weights
-from psa_vlm.model.tokens import add_safety_tokens
+from psa_vlm.model.probe import probe, same_weights
+from psa_vlm.model.tokens import put_rows
 from psa_vlm.taxonomy import Taxonomy
 
 if TYPE_CHECKING:
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 MANIFEST = "psa.json"
+INSIDE = "psa"
+"""In an exported checkpoint: the folder of all that is not plain transformers."""
 
 
 @dataclass
@@ -59,7 +63,6 @@ def atomic_folder(out: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: it can't be written (a full disk, say); what stood at `out` is untouched.
     """
-    out = Path(out)
     fresh = out.with_name(f".{out.name}.writing")
     previous = out.with_name(f".{out.name}.previous")
     try:
@@ -73,11 +76,14 @@ def atomic_folder(out: Path) -> Iterator[Path]:
         fresh.rename(out)
         shutil.rmtree(previous, ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(fresh, ignore_errors=True)
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
         fix = "free some space" if full else "check the folder"
         kept = "; what was there before is untouched" if out.exists() else ""
         raise CheckpointError(f"{out}: can't be written ({error}): {fix}{kept}") from error
+    finally:
+        if previous.exists() and not out.exists():  # cut off between the two
+            previous.rename(out)
+        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def _sync(folder: Path) -> None:
@@ -100,30 +106,58 @@ def save(out: Path, parts: Parts, extra: Callable[[Path], None] = lambda folder:
         CheckpointError: it can't be written.
     """
     backbone = parts.backbone
+    with atomic_folder(out) as folder:
+        write(folder, parts, str(backbone.source))
+        backbone.processor.save_pretrained(folder / "processor")
+        if parts.adapter is not None:
+            parts.adapter.save_pretrained(str(folder / "adapter"))
+        extra(folder)
+
+
+def write(folder: Path, parts: Parts, base: str | None) -> None:
+    """Write what every run folder holds.
+
+    Args:
+        folder: an empty one.
+        parts: what to write; of the backbone only the rows of the safety tokens (2).
+        base: where its base model is; None means that the folder around this one holds it all.
+    """
+    backbone = parts.backbone
     ids = list(backbone.safety_token_ids)
     manifest = {
         "format": FORMAT,
-        "base": str(backbone.source),
-        "base_probe": backbone.probe,
+        "base": base,
+        "base_probe": probe(backbone.model) if base is None else backbone.probe,
         "bottleneck": asdict(parts.bottleneck.config),
         "safety_tokens": len(ids),
         "taxonomy": parts.taxonomy.hash,
         "adapter": parts.adapter is not None,
     }
-    with atomic_folder(out) as folder:
-        parts.taxonomy.to_yaml(folder / "taxonomy.yaml")
-        save_file(_contiguous(parts.bottleneck.state_dict()), folder / "bottleneck.safetensors")
-        rows = backbone.model.get_input_embeddings().weight[ids]
-        save_file(_contiguous({"rows": rows}), folder / "safety_tokens.safetensors")
-        backbone.processor.save_pretrained(folder / "processor")
-        if parts.adapter is not None:
-            parts.adapter.save_pretrained(str(folder / "adapter"))
-        extra(folder)
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+    parts.taxonomy.to_yaml(folder / "taxonomy.yaml")
+    save_file(_contiguous(parts.bottleneck.state_dict()), folder / "bottleneck.safetensors")
+    rows = backbone.model.get_input_embeddings().weight[ids]
+    save_file(_contiguous({"rows": rows}), folder / "safety_tokens.safetensors")
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
 
 
 def _contiguous(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+
+
+def home(folder: Path) -> Path:
+    """Where the files of a run are: the folder itself or, of an exported run, a folder in it."""
+    inside = Path(folder) / INSIDE
+    return inside if (inside / MANIFEST).is_file() else Path(folder)
+
+
+def check_free(out: Path) -> None:
+    """Make sure that nothing is where a new folder shall be.
+
+    Raises:
+        ConfigError: something is.
+    """
+    if out.exists():
+        raise ConfigError(f"{out}: exists already; choose another folder, or delete it")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -132,7 +166,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: there is none, or it is of another format.
     """
-    path = Path(folder) / MANIFEST
+    path = home(folder) / MANIFEST
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -145,15 +179,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def fingerprint(folder: Path) -> str:
     """16 hex digits of all that decides a run's verdicts and answers: its files but the policy.
 
-    Of the base model the probe of its weights counts, which the manifest holds.
+    Of the base model the probe of its weights counts, which the manifest holds; pages for people
+    don't.
 
     Raises:
         CheckpointError: it is not a run.
     """
     read_manifest(folder)
+    folder = home(folder)
     digest = hashlib.sha256()
-    for path in sorted(Path(folder).rglob("*")):
-        if path.is_file() and path.name != "policy.yaml" and path.suffix != ".html":
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != "policy.yaml" and path.suffix not in (".html", ".md"):
             with path.open("rb") as stream:
                 content = hashlib.file_digest(stream, "sha256").hexdigest()
             digest.update(f"{path.relative_to(folder).as_posix()}\n{content}\n".encode())
@@ -180,14 +216,15 @@ def load(
         CheckpointError: something is missing, damaged, or does not fit together.
         TaxonomyMismatch: the run was made with another taxonomy than the file or the caller says.
     """
-    folder = Path(folder)
     manifest = read_manifest(folder)
+    folder = home(folder)
     found = Taxonomy.from_yaml(folder / "taxonomy.yaml")
     found.check_same(manifest["taxonomy"], folder)
     if taxonomy is not None:
         taxonomy.check_same(found.hash, folder)
     try:
-        backbone = Backbone.from_pretrained(base or manifest["base"], dtype=dtype, device=device)
+        where = base or manifest["base"] or folder.parent
+        backbone = Backbone.from_pretrained(where, dtype=dtype, device=device)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; if the base model moved, give its new place") from error
     try:
@@ -200,10 +237,7 @@ def load(
         bottleneck.load_state_dict(load_file(folder / "bottleneck.safetensors"))
         rows = load_file(folder / "safety_tokens.safetensors")["rows"]
         if manifest["safety_tokens"]:
-            ids = add_safety_tokens(backbone, manifest["safety_tokens"])
-            with torch.no_grad():
-                weight = backbone.model.get_input_embeddings().weight
-                weight[list(ids)] = rows.to(weight)
+            put_rows(backbone, rows)
         adapter = _load_adapter(backbone, folder / "adapter") if manifest["adapter"] else None
     except (OSError, KeyError, TypeError, RuntimeError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -213,11 +247,27 @@ def load(
 
 def _load_adapter(backbone: Backbone, folder: Path) -> PeftModel:
     """Put a saved LoRA into the backbone's layers, merged so that it costs nothing to run."""
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
 
-    with warnings.catch_warnings():  # of an attribute that transformers renamed
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-        adapter = PeftModel.from_pretrained(backbone.model, str(folder))
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"no {folder.name}/{name}")
+    try:
+        with warnings.catch_warnings():
+            # Of an attribute that transformers renamed, and of what is checked below.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            warnings.filterwarnings("ignore", "Found missing adapter keys", UserWarning)
+            adapter = PeftModel.from_pretrained(backbone.model, str(folder))
+        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+            saved = {name for name in file.keys() if "lora_" in name}  # noqa: SIM118
+        wanted = get_peft_model_state_dict(adapter, save_embedding_layers=False).keys()
+        if saved != wanted:
+            raise ValueError(f"{len(saved)} tensors, of which {len(saved & wanted)} fit")
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder}: this adapter was made for another model than {backbone.source}"
+            f" ({' '.join(str(error).split())[:200]}); take the adapter of this run"
+        ) from error
     adapter.merge_adapter()
     adapter.requires_grad_(False)
     return adapter.eval()

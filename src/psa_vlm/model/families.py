@@ -152,6 +152,10 @@ PALIGEMMA_TEMPLATE = """\
 <image>{% endfor %}{% endfor %}{{ bos_token }}{% for message in messages -%}
 {% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor -%}
 {{ eos_token if message['role'] == 'assistant' else '\n' }}{% endfor %}"""
+# Its processor adds the begin mark behind the images, and the last line break.
+PALIGEMMA_PLAIN_TEMPLATE = PALIGEMMA_TEMPLATE.replace("{{ bos_token }}", "").replace(
+    "'\n'", "'' if loop.last else '\n'"
+)
 
 
 @dataclass(frozen=True)
@@ -178,6 +182,8 @@ class BackboneSpec:
     """Whether images that share a prompt are cut into crops otherwise than one alone."""
     chat_template: str | None = None
     """For families whose checkpoints have none."""
+    plain_template: str | None = None
+    """What a checkpoint holds in its place, where the processor itself adds to a prompt."""
 
 
 QWEN2 = BackboneSpec(
@@ -242,6 +248,7 @@ SPECS: dict[str, BackboneSpec] = {
         arrange=first_of_equal_crops,
         token_types={"token_type_ids": answer_positions},
         chat_template=PALIGEMMA_TEMPLATE,
+        plain_template=PALIGEMMA_PLAIN_TEMPLATE,
     ),
     "mistral3": BackboneSpec(
         model_types=("mistral3",),

@@ -8,10 +8,16 @@ trace in them.
 
 from __future__ import annotations
 
+import logging
+import pickle
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from psa_vlm.errors import CheckpointError
@@ -19,6 +25,11 @@ from psa_vlm.model.bottleneck import BottleneckConfig, SafetyBottleneck
 
 TOKENS_1 = "safety_query_tokens"
 TOKENS_2 = "safety_query_tokens_2"
+PICKLED = (".bin", ".pt", ".pth")
+"""Endings of torch's own format, of which tensors alone are read."""
+
+_OURS = re.compile(rf"(?:.*\.)?({TOKENS_1}|{TOKENS_2}|(?:safe_mm_projector|safe_part)\..+)")
+_logger = logging.getLogger(__name__)
 # Theirs count blocks from b1, and MLP layers in steps of two with the activation between.
 _RENAMES: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
     (TOKENS_1, lambda m: "tokens"),
@@ -34,6 +45,48 @@ _RENAMES: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
     (r"safe_part\.safety_head\.(.+)", lambda m: f"head.to_level.{m[1]}"),
     (r"safe_part\.other_head\.(.+)", lambda m: f"head.to_type.{m[1]}"),
 )
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """The safety modules' tensors of a checkpoint file, under the authors' names.
+
+    What stands before a name ("model.safe_part...") goes; tensors of other modules are left out,
+    with a warning that counts them.
+
+    Args:
+        path: safetensors; or .bin, .pt or .pth, of which nothing but tensors is unpickled.
+
+    Raises:
+        CheckpointError: it can't be read, or holds no tensor of theirs.
+    """
+    try:
+        state: Any = (
+            torch.load(path, map_location="cpu", weights_only=True)
+            if path.suffix in PICKLED
+            else load_file(path)
+        )
+        held = {key: tensor for key, tensor in state.items() if isinstance(tensor, Tensor)}
+    except (OSError, EOFError, SafetensorError, RuntimeError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{path}: can't be read as tensors ({reason})") from error
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path}: is damaged, or holds more than tensors, and nothing else is unpickled; save"
+            " its state dict as safetensors"
+        ) from error
+    ours = {match[1]: held[key] for key in held if (match := _OURS.fullmatch(key))}
+    if not ours:
+        raise CheckpointError(
+            f"{path}: holds none of the authors' safety modules ({TOKENS_1}, {TOKENS_2},"
+            " safe_mm_projector, safe_part)"
+        )
+    if others := [key for key in held if not _OURS.fullmatch(key)]:
+        _logger.warning(
+            "%s: left out %d tensors of other modules (%s, ...); if they were trained, the base"
+            " model must hold them",
+            *(path, len(others), others[0]),
+        )
+    return ours
 
 
 def load(

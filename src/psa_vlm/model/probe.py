@@ -10,9 +10,21 @@ from torch import nn
 COUNT = 64
 
 
+def is_adapter(name: str) -> bool:
+    """Whether a weight of this name was added by PEFT, beside the model's own."""
+    return ".lora_" in name
+
+
 def probe(model: nn.Module) -> list[float]:
-    """The first number of up to 64 weights, evenly spaced over the model: no time at any size."""
-    weights = [weight for weight in model.parameters() if weight.is_floating_point()]
+    """The first number of up to 64 weights, evenly spaced over the model: no time at any size.
+
+    What an adapter added does not count.
+    """
+    weights = [
+        weight
+        for name, weight in model.named_parameters()
+        if weight.is_floating_point() and not is_adapter(name)
+    ]
     step = max(len(weights) / COUNT, 1)
     picked = [weights[int(i * step)] for i in range(min(COUNT, len(weights)))]
     return [float(weight.detach().flatten()[0]) for weight in picked]

@@ -64,14 +64,13 @@ def add_safety_tokens(backbone: Backbone, count: int = 64, seed: int = 0) -> tup
         raise ConfigError(
             f"the backbone has {len(present)} safety tokens already: ask for that many, not {count}"
         )
+    names = [f"<safety_{i}>" for i in range(count)]
+    processor.chat_template = _with_tokens(processor, processor.chat_template, names)
     if present:
         return present
-    names = [f"<safety_{i}>" for i in range(count)]
-    template = _with_tokens(processor, "".join(names))
     tokenizer.add_tokens(names, special_tokens=True)
-    processor.chat_template = template
     if tokenizer.chat_template is not None:
-        tokenizer.chat_template = template
+        tokenizer.chat_template = processor.chat_template
     ids = safety_token_ids(tokenizer)
     _add_rows(model, ids, seed)
     suppressed = {*(model.generation_config.suppress_tokens or ()), *ids, backbone.image_token_id}
@@ -79,10 +78,36 @@ def add_safety_tokens(backbone: Backbone, count: int = 64, seed: int = 0) -> tup
     return ids
 
 
-def _with_tokens(processor: Any, tokens: str) -> str:
-    """The chat template with ``tokens`` before each image mark, checked on two images."""
-    mark = processor.image_token
-    template: str = processor.chat_template.replace(mark, tokens + mark)
+@torch.no_grad()
+def put_rows(backbone: Backbone, rows: torch.Tensor) -> None:
+    """Give a backbone as many safety tokens (2) as there are rows, with these as embeddings.
+
+    Args:
+        backbone: changed in place.
+        rows: ``[K, D]``.
+
+    Raises:
+        ConfigError, CheckpointError: as :func:`add_safety_tokens`.
+    """
+    ids = add_safety_tokens(backbone, len(rows))
+    weight = backbone.model.get_input_embeddings().weight
+    weight[list(ids)] = rows.to(weight)
+
+
+def plain_template(backbone: Backbone) -> str:
+    """The chat template, safety tokens included, for the backbone's processor used by itself."""
+    own: str = backbone.processor.chat_template
+    if backbone.spec.plain_template is None:
+        return own
+    names = backbone.tokenizer.convert_ids_to_tokens(list(backbone.safety_token_ids))
+    return _with_tokens(backbone.processor, backbone.spec.plain_template, names)
+
+
+def _with_tokens(processor: Any, template: str, names: Sequence[str]) -> str:
+    """A chat template with these tokens before each image mark, checked on two images."""
+    mark, tokens = processor.image_token, "".join(names)
+    if tokens + mark not in template:
+        template = template.replace(mark, tokens + mark)
     content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": _SENTINELS[0]}]
     text = processor.apply_chat_template(
         [{"role": "user", "content": content}], chat_template=template, tokenize=False

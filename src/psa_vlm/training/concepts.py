@@ -56,7 +56,8 @@ class _Concepts(Task):
         self, features: Tensor | list[Tensor], texts: list[str], types: Tensor, levels: Tensor
     ) -> dict[str, Tensor]:
         """Args: B features ``[H, W, Dv]``, stacked if alike; B texts; B type and level ids."""
-        h_t, mask = self.backbone.embed_text(texts)  # [B, T, D], [B, T]
+        begin = self.bottleneck.config.begin
+        h_t, mask = self.backbone.embed_text(texts, begin)  # [B, T, D], [B, T]
         output = self.bottleneck.read(list(features), h_t, mask)
         type_loss = F.cross_entropy(output.type_logits, types, _like(self.type_weights, output))
         level_loss = F.cross_entropy(output.level_logits, levels, _like(self.level_weights, output))

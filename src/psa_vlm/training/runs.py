@@ -18,7 +18,11 @@ from psa_vlm.data.contamination import Seen
 from psa_vlm.data.readers import read
 from psa_vlm.data.sample import Sample
 from psa_vlm.errors import CheckpointError, ConfigError
+from psa_vlm.model.checkpoint import home
 from psa_vlm.model.probe import probe
+from psa_vlm.sharing import provenance
+from psa_vlm.sharing.card import write_card
+from psa_vlm.sharing.provenance import HISTORY, RECORD
 from psa_vlm.taxonomy import Taxonomy
 from psa_vlm.training.config import RunConfig, changes
 from psa_vlm.training.features import image_key
@@ -27,11 +31,6 @@ from psa_vlm.training.processes import is_main, main_first
 
 if TYPE_CHECKING:
     from psa_vlm.inference import PsaVlm
-
-RECORD = "training.json"
-"""In a run folder: the configuration and the data that it was made with."""
-HISTORY = "history.json"
-"""In a run folder: the loss curve of each part that was trained."""
 
 WRITING = ".writing"
 """Ends the name of a file that is not complete yet."""
@@ -108,6 +107,8 @@ class Run:
         write_json(folder / RECORD, self.record)
         write_json(folder / HISTORY, histories)
         self._seen().save(folder)
+        provenance.save(folder, self._provenance(folder))
+        write_card(folder)
         for part in histories:
             for events in (self.folder / part).rglob("events.out.*"):
                 target = folder / "tensorboard" / part
@@ -117,8 +118,20 @@ class Run:
     def _seen(self) -> Seen:
         """Hashes of all that the model was trained on."""
         seen = Seen.of(self.samples)
-        earlier = Seen.load(self.before) if self.before else None
+        earlier = Seen.load(home(self.before)) if self.before else None
         return seen | earlier if earlier else seen
+
+    def _provenance(self, folder: Path) -> dict[str, Any]:
+        """What the run in `folder` was made from, the run before it included."""
+        known = provenance.load(self.before or folder)
+        files = [(file.path, file.format) for file in self.config.data]
+        stage = {
+            "stage": self.record["stage"],
+            "data": provenance.of_data(self.samples, files),
+            "config": self.config.model_dump(mode="json", exclude={"out"}),
+        }
+        note = known["note"] if self.before else None
+        return {**known, "stages": [*known["stages"], stage], "note": note}
 
     def _is_ours(self, folder: Path) -> bool:
         """Whether a folder was made by this very run; False if there is none, or nothing in it."""

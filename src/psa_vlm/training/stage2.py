@@ -7,6 +7,7 @@ from random import Random
 
 from psa_vlm.data.sample import Sample
 from psa_vlm.inference import PsaVlm
+from psa_vlm.model.checkpoint import home
 from psa_vlm.policy.policy import Policy
 from psa_vlm.taxonomy import Taxonomy
 from psa_vlm.training.config import Stage2Config
@@ -33,7 +34,7 @@ def run_stage2(config: Stage2Config, samples: Sequence[Sample] | None = None) ->
     """
     dtype = backbone_dtype(config)
     if samples is None:
-        samples = read_samples(config, Taxonomy.from_yaml(config.model / "taxonomy.yaml"))
+        samples = read_samples(config, Taxonomy.from_yaml(home(config.model) / "taxonomy.yaml"))
     dialogues(samples)  # what is missing shows before anything is loaded
     model = PsaVlm.from_pretrained(config.model, dtype=dtype, device=device())
     run = Run(2, config, samples, [model.backbone.model, model.bottleneck], config.model)

@@ -1,0 +1,1 @@
+"""Runs for others: their model card, export, the Hub, and the authors' own checkpoints."""
