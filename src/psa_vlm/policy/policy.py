@@ -193,6 +193,11 @@ class Policy(BaseModel):
         """Where something is written, as in `source("rules", "privacy", "high")`, if known."""
         return self._sources.get(key)
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The files that it was read from, those of the package by their place in it."""
+        return tuple(sorted({source.file for source in self._sources.values()}))
+
     def texts(self, language: str | None = None) -> schema.Language:
         """Hints, refusals and words in a language ("de-AT" may be found as "de"), or the own."""
         own: schema.Language = {

@@ -1,18 +1,19 @@
-"""What computes verdicts and replies: one small interface, and the engine in this process."""
+"""What assesses and answers: one small interface, and the engine in this process."""
 
 from __future__ import annotations
 
 import asyncio
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, Self
 
-from psa_vlm.errors import Overloaded
-from psa_vlm.inference import PsaVlm, Reply
+from psa_vlm.errors import Overloaded, RequestError
+from psa_vlm.inference import PsaVlm, Seen
 from psa_vlm.model.verdict import Verdict
+from psa_vlm.policy.policy import Decision
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -31,16 +32,65 @@ class Ask:
         turns: the conversation, which ends with the user's turn.
         policy: that decides.
         max_tokens: most tokens of an answer.
+        temperature: 0 answers greedily.
     """
 
     images: tuple[Image, ...]
     turns: tuple[Turn, ...]
     policy: Policy
     max_tokens: int
+    temperature: float = 0.0
+
+
+class Assessed(NamedTuple):
+    """What was found, and what is done about it; the verdict is None without an image."""
+
+    verdict: Verdict | None
+    decision: Decision
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens that the language model read and wrote; a refusal costs none."""
+
+    prompt: int = 0
+    completion: int = 0
+
+
+@dataclass(frozen=True)
+class End:
+    """How an answer ended.
+
+    Attributes:
+        finish: OpenAI's finish reason; "content_filter" is a refusal.
+        usage: None where the engine did not tell.
+    """
+
+    finish: Literal["stop", "length", "content_filter"]
+    usage: Usage | None
+
+
+class Parts(Protocol):
+    """An answer as it is written: pieces of text, then one `End`. Closed, it is written no more."""
+
+    def __aiter__(self) -> Self: ...
+
+    async def __anext__(self) -> str | End: ...
+
+    async def aclose(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A decision, and the words that follow it: the model's, or the policy's own refusal."""
+
+    verdict: Verdict | None
+    decision: Decision
+    parts: Parts
 
 
 class Engine(Protocol):
-    """Computes verdicts and replies; used as an async context manager while it serves."""
+    """Assesses and answers; used as an async context manager while it serves."""
 
     @property
     def taxonomy(self) -> Taxonomy:
@@ -54,31 +104,109 @@ class Engine(Protocol):
     def waiting(self) -> int:
         """How many requests wait."""
 
-    async def assess(self, ask: Ask) -> Verdict:
-        """The verdict alone.
+    async def assess(self, ask: Ask) -> Assessed:
+        """Verdict and decision alone.
 
         Raises:
             Overloaded: too many wait.
             InputError: the request can't be assessed.
         """
 
-    async def reply(self, ask: Ask) -> Reply:
-        """Verdict, decision and answer; errors as `assess`."""
+    async def answer(self, ask: Ask) -> Answer:
+        """Verdict and decision, before the first word; errors as `assess`.
+
+        The parts of the answer may raise InputError, Overloaded, or a RequestError with the status
+        of an engine elsewhere that failed.
+        """
 
     async def __aenter__(self) -> Self: ...
 
     async def __aexit__(self, *error: object) -> None: ...
 
 
-Outcome = Reply | Verdict | Exception
-Work = Callable[[Sequence[Ask]], Sequence[Reply | Verdict]]
+async def refusal(decision: Decision) -> AsyncGenerator[str | End, None]:
+    """The parts of a refusal."""
+    yield decision.refusal or ""
+    yield End("content_filter", Usage())
 
 
 @dataclass(eq=False)
 class _Job:
-    work: Work
+    """One request on its way; what the engine's thread says of it is said in the loop."""
+
     ask: Ask
-    done: asyncio.Future[Any] = field(repr=False)
+    answers: bool
+    loop: asyncio.AbstractEventLoop
+    assessed: asyncio.Future[Assessed]
+    parts: asyncio.Queue[str | End | Exception]
+    began: bool = False
+    left: bool = False
+
+    def assess(self, found: Assessed) -> None:
+        self.loop.call_soon_threadsafe(self._set, found)
+
+    def put(self, part: str | End) -> None:
+        self.began = True
+        self.loop.call_soon_threadsafe(self.parts.put_nowait, part)
+
+    def fail(self, error: Exception) -> None:
+        self.loop.call_soon_threadsafe(self._fail, error)
+
+    def _set(self, found: Assessed) -> None:
+        if self.assessed.done():  # who asked has gone
+            self.left = True
+        else:
+            self.assessed.set_result(found)
+
+    def _fail(self, error: Exception) -> None:
+        if self.assessed.done():
+            self.parts.put_nowait(error)
+        else:
+            self.assessed.set_exception(error)
+
+
+class _Heard:
+    """The parts of a job's answer."""
+
+    def __init__(self, job: _Job) -> None:
+        self._job = job
+        self._ended = False
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> str | End:
+        if self._ended:
+            raise StopAsyncIteration
+        part = await self._job.parts.get()
+        self._ended = not isinstance(part, str)
+        if isinstance(part, Exception):
+            raise part
+        return part
+
+    async def aclose(self) -> None:
+        self._ended = self._job.left = True
+
+
+class _Reading(NamedTuple):
+    """A request that the language model answers."""
+
+    job: _Job
+    seen: Seen
+    hint: str | None
+
+
+class _Ears:
+    """Carries what is written to those who wait for it."""
+
+    def __init__(self, readings: Sequence[_Reading]) -> None:
+        self._jobs = [one.job for one in readings]
+
+    def wrote(self, row: int, piece: str) -> None:
+        self._jobs[row].put(piece)
+
+    def left(self, row: int) -> bool:
+        return self._jobs[row].left
 
 
 class InProcess:
@@ -123,49 +251,42 @@ class InProcess:
         await asyncio.wait([self._task])
         self._thread.shutdown()
         while not self._queue.empty():
-            self._queue.get_nowait().done.cancel()
+            self._queue.get_nowait().fail(_stopping())
 
-    async def assess(self, ask: Ask) -> Verdict:
-        verdict: Verdict = await self._put(self._verdicts, ask)
-        return verdict
+    async def assess(self, ask: Ask) -> Assessed:
+        return await self._put(ask, answers=False).assessed
 
-    async def reply(self, ask: Ask) -> Reply:
-        reply: Reply = await self._put(self._replies, ask)
-        return reply
+    async def answer(self, ask: Ask) -> Answer:
+        job = self._put(ask, answers=True)
+        verdict, decision = await job.assessed
+        if decision.action == "refuse":
+            return Answer(verdict, decision, refusal(decision))
+        return Answer(verdict, decision, _Heard(job))
 
-    async def _put(self, work: Work, ask: Ask) -> Any:
-        job = _Job(work, ask, asyncio.get_running_loop().create_future())
+    def _put(self, ask: Ask, answers: bool) -> _Job:
+        loop = asyncio.get_running_loop()
+        job = _Job(ask, answers, loop, loop.create_future(), asyncio.Queue())
         try:
             self._queue.put_nowait(job)
         except asyncio.QueueFull:
             batches = self._queue.qsize() / self.batch
             raise Overloaded(max(1, math.ceil(batches * self._seconds))) from None
-        return await job.done
+        return job
 
     # --- batches ---------------------------------------------------------------------------------
 
     async def _serve(self) -> None:
+        loop = asyncio.get_running_loop()
         while True:
-            jobs = [job for job in await self._gather() if not job.done.cancelled()]
+            jobs = [job for job in await self._gather() if not job.assessed.done()]
+            start = time.perf_counter()
             try:
-                for group in _alike(jobs):
-                    await self._answer(group)
-            finally:  # where the service stops in the middle, nobody waits for ever
+                await loop.run_in_executor(self._thread, self._compute, jobs)
+            except asyncio.CancelledError:  # the service stops in the middle: nobody waits for ever
                 for job in jobs:
-                    job.done.cancel()
-
-    async def _answer(self, jobs: Sequence[_Job]) -> None:
-        loop, start = asyncio.get_running_loop(), time.perf_counter()
-        asks = [job.ask for job in jobs]
-        outcomes = await loop.run_in_executor(self._thread, _compute, jobs[0].work, asks)
-        self._seconds = time.perf_counter() - start
-        for job, outcome in zip(jobs, outcomes, strict=True):
-            if job.done.cancelled():
-                continue
-            if isinstance(outcome, Exception):
-                job.done.set_exception(outcome)
-            else:
-                job.done.set_result(outcome)
+                    job.fail(_stopping())
+                raise
+            self._seconds = time.perf_counter() - start
 
     async def _gather(self) -> list[_Job]:
         """The next job, and those that come within the wait."""
@@ -185,46 +306,83 @@ class InProcess:
 
     # --- in the thread ---------------------------------------------------------------------------
 
-    def _verdicts(self, asks: Sequence[Ask]) -> Sequence[Verdict]:
-        return self.model.assess_batch(
-            [ask.images for ask in asks], [ask.turns[-1].text for ask in asks]
-        )
+    def _compute(self, jobs: Sequence[_Job]) -> None:
+        try:
+            for group in _alike(self._assess(jobs)):
+                self._write(group)
+        except Exception as error:  # a fault of ours must not end the thread's work for good
+            for job in jobs:
+                job.fail(error)
 
-    def _replies(self, asks: Sequence[Ask]) -> Sequence[Reply]:
-        return self.model.reply_batch(
-            [ask.images for ask in asks],
-            [ask.turns[-1].text for ask in asks],
-            asks[0].policy,
-            histories=[ask.turns[:-1] for ask in asks],
-            max_new_tokens=asks[0].max_tokens,
-        )
+    def _assess(self, jobs: Sequence[_Job]) -> list[_Reading]:
+        """Tell every job its verdict and decision; what comes back is to be answered."""
+        readings = []
+        for job, seen in zip(jobs, self._see(jobs), strict=True):
+            if isinstance(seen, Exception):
+                job.fail(seen)
+                continue
+            decision = self.model.decide(seen, job.ask.policy)
+            job.assess(Assessed(seen.verdict, decision))
+            if job.answers and decision.action != "refuse":
+                readings.append(_Reading(job, seen, decision.hint))
+        return readings
+
+    def _see(self, jobs: Sequence[_Job]) -> list[Seen | Exception]:
+        """An outcome for each: together first, and what fails alone."""
+        asks = [job.ask for job in jobs]
+        outcomes: list[Seen | Exception]
+        try:
+            outcomes = [
+                *self.model.see_batch(
+                    [ask.images for ask in asks],
+                    [ask.turns[-1].text for ask in asks],
+                    [ask.turns[:-1] for ask in asks],
+                )
+            ]
+        except Exception as error:
+            outcomes = [error] * len(jobs)
+        if len(jobs) == 1:
+            return outcomes
+        return [
+            self._see([job])[0] if _failed(outcome) else outcome
+            for job, outcome in zip(jobs, outcomes, strict=True)
+        ]
+
+    def _write(self, group: Sequence[_Reading]) -> None:
+        """Answer together; where that fails, alone those who have heard nothing yet."""
+        try:
+            answers = self.model.answer_batch(
+                [one.seen for one in group],
+                [one.hint for one in group],
+                group[0].job.ask.max_tokens,
+                _Ears(group),
+            )
+        except Exception as error:
+            for one in group:
+                if len(group) == 1 or one.job.began:
+                    one.job.fail(error)
+                else:
+                    self._write([one])
+            return
+        for one, answer in zip(group, answers, strict=True):
+            usage = Usage(answer.read, answer.tokens)
+            one.job.put(End("length" if answer.cut else "stop", usage))
 
 
-def _alike(jobs: Sequence[_Job]) -> list[list[_Job]]:
-    """Jobs that one call of the model can compute: of one kind, policy and length."""
-    groups: dict[object, list[_Job]] = {}
-    for job in jobs:
-        key = (job.work, id(job.ask.policy), job.ask.max_tokens)
-        groups.setdefault(key, []).append(job)
+def _alike(readings: Sequence[_Reading]) -> list[list[_Reading]]:
+    """Those that one generation can answer: seen together, and of one length."""
+    groups: dict[object, list[_Reading]] = {}
+    for one in readings:
+        key: Any = (id(one.seen.features), one.job.ask.max_tokens)
+        groups.setdefault(key, []).append(one)
     return list(groups.values())
 
 
-def _compute(work: Work, asks: Sequence[Ask]) -> list[Outcome]:
-    """An outcome for each: together first, and what fails alone."""
-    try:
-        outcomes: list[Outcome] = list(work(asks))
-    except Exception as error:
-        outcomes = [error] * len(asks)
-    if len(asks) == 1:
-        return outcomes
-    return [
-        _compute(work, [ask])[0] if _failed(outcome) else outcome
-        for ask, outcome in zip(asks, outcomes, strict=True)
-    ]
-
-
-def _failed(outcome: Outcome) -> bool:
+def _failed(outcome: Seen | Exception) -> bool:
     if isinstance(outcome, Exception):
         return True
-    verdict = outcome.verdict if isinstance(outcome, Reply) else outcome
-    return verdict is not None and verdict.error is not None
+    return outcome.verdict is not None and outcome.verdict.error is not None
+
+
+def _stopping() -> RequestError:
+    return RequestError("the service is stopping", None, "stopping", 503)

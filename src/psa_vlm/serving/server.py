@@ -62,8 +62,9 @@ def build(settings: Settings) -> FastAPI:
         MissingExtra: an optional package is not installed.
     """
     try:
-        from psa_vlm.serving.app import Model, Service, create_app
+        from psa_vlm.serving.app import create_app
         from psa_vlm.serving.engine import InProcess
+        from psa_vlm.serving.service import Model, Service
     except ImportError as error:
         raise MissingExtra(error.name or "fastapi", "serve") from error
     from psa_vlm.inference import PsaVlm
