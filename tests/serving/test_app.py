@@ -311,7 +311,7 @@ def test_what_cannot_be_served_is_named_and_computes_nothing(
     ]
     assert len(records) == 10  # all but the parameter that made no request of it
     assert all(one["decision"] is None and one["scores"] == {} for one in records)
-    assert 'code="invalid_image"} 1.0' in client.get("/metrics").text
+    assert '{code="invalid_image",endpoint="chat"} 1.0' in client.get("/metrics").text
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"[" * 9999, b'{"model": "\\ud800"}', b"\xff"])
@@ -442,6 +442,41 @@ def test_a_tenant_without_a_policy_is_an_error_at_the_start(serve: Serve) -> Non
 
     with pytest.raises(PolicyError, match="no tenant 'shop'"):
         serve(Keys({"shop": [hash_key(new_key())]}))
+
+
+# --- policies that change -------------------------------------------------------------------------
+
+
+def test_a_bad_policy_file_leaves_the_service_as_it_was(
+    model: PsaVlm, audit: Audit, see: Any, make_url: Any, tmp_path: Path
+) -> None:
+    see("privacy", "medium")
+    path = tmp_path / "house.yaml"
+    path.write_text("name: house\ninherits: default\n")
+
+    def load() -> Policy:
+        return Policy.from_yaml(path)
+
+    service = Service(InProcess(model, wait=0), Model("tiny", "f"), load(), audit, load=load)
+    with TestClient(create_app(service), "http://localhost") as client:
+
+        def decided() -> str:
+            action: str = client.post(CHAT, json=chat(make_url())).json()["psa"]["decision"][
+                "action"
+            ]
+            return action
+
+        assert decided() == "hint"
+        path.write_text("name: house\n")
+        service.policies.reload()
+        assert decided() == "hint"
+        assert client.get("/readyz").status_code == 200
+        assert 'psa_policy_reloads_total{outcome="refused"} 1.0' in client.get("/metrics").text
+        path.write_text('name: house\ninherits: default\nrules: {"*": {medium: refuse}}\n')
+        service.policies.reload()
+        assert decided() == "refuse"
+        before, same, after = [one["policy"]["hash"] for one in audit.records()]
+        assert before == same != after
 
 
 # --- the rest ------------------------------------------------------------------------------------

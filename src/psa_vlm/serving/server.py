@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,9 @@ from psa_vlm.serving.limits import Limits
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+    from psa_vlm.policy.policy import Policy
     from psa_vlm.serving.audit import Audit
+    from psa_vlm.serving.service import Service
 
 
 @dataclass(frozen=True)
@@ -71,22 +74,39 @@ def build(settings: Settings) -> FastAPI:
     from psa_vlm.model.checkpoint import fingerprint
     from psa_vlm.policy.policy import Policy
 
+    def policy() -> Policy:
+        if settings.policy is None:
+            return Policy.from_yaml(settings.model / "policy.yaml")
+        return Policy.load(settings.policy)
+
     limits = Limits().changed(settings.limits)  # what is quick to check comes first
     keys = None if settings.keys is None else Keys.load(settings.keys)
-    policy = None if settings.policy is None else Policy.load(settings.policy)
+    policy()
     vlm = PsaVlm.from_pretrained(settings.model, base=settings.base)
     model = Model(settings.name or settings.model.resolve().name, fingerprint(settings.model))
     engine = InProcess(vlm, limits.batch, limits.wait_ms / 1000, limits.waiting)
     audit = _audit(settings.audit)
-    return create_app(Service(engine, model, policy or vlm.policy, audit, keys, limits))
+    return create_app(Service(engine, model, policy(), audit, keys, limits, policy))
 
 
 def serve(settings: Settings) -> None:
-    """Serve until stopped; what was taken is finished first. Errors are `build`'s."""
+    """Serve until stopped; what was taken is finished first, within the limit on seconds.
+
+    SIGHUP reads the policy anew. Errors are `build`'s.
+    """
     app = build(settings)
     import uvicorn
 
-    uvicorn.run(app, host=settings.host, port=settings.port, server_header=False)
+    service: Service = app.state.service
+    if hasattr(signal, "SIGHUP"):  # not on Windows
+        signal.signal(signal.SIGHUP, lambda *_: service.policies.reload())
+    uvicorn.run(
+        app,
+        host=settings.host,
+        port=settings.port,
+        server_header=False,
+        timeout_graceful_shutdown=service.limits.seconds,
+    )
 
 
 @contextmanager
