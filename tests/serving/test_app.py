@@ -21,6 +21,8 @@ from psa_vlm.serving.keys import Keys, hash_key, new_key
 from psa_vlm.serving.limits import Limits
 from psa_vlm.serving.service import Model, Service
 
+from .conftest import image
+
 POLICY = Policy.from_text(
     """
 name: house
@@ -32,11 +34,6 @@ tenants:
   press: {off: [privacy]}
 """
 )
-
-
-@pytest.fixture(scope="module")
-def model(run_dir: Path) -> PsaVlm:
-    return PsaVlm.from_pretrained(run_dir)
 
 
 @pytest.fixture()
@@ -64,10 +61,6 @@ def serve(model: PsaVlm, audit: Audit) -> Iterator[Serve]:
     for client in clients:
         client.__exit__(None, None, None)
     audit.close()
-
-
-def image(url: str) -> dict[str, Any]:
-    return {"type": "image_url", "image_url": {"url": url}}
 
 
 def chat(*urls: str, text: str = "What is this?", **changes: Any) -> dict[str, Any]:

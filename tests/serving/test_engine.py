@@ -6,7 +6,6 @@ import asyncio
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,11 +25,6 @@ RED = Image.new("RGB", (32, 32), "red")
 
 def ask(text: str = "What is this?", policy: Policy = POLICY, max_tokens: int = 4) -> Ask:
     return Ask((RED,), (Turn("user", text),), policy, max_tokens)
-
-
-@pytest.fixture(scope="module")
-def model(run_dir: Path) -> PsaVlm:
-    return PsaVlm.from_pretrained(run_dir)
 
 
 @pytest.fixture()

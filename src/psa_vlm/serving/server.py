@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -16,9 +17,15 @@ from psa_vlm.serving.limits import Limits
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+    from psa_vlm.inference import PsaVlm
     from psa_vlm.policy.policy import Policy
     from psa_vlm.serving.audit import Audit
+    from psa_vlm.serving.engine import Engine
     from psa_vlm.serving.service import Service
+
+
+UPSTREAM_KEY = "PSA_VLM_UPSTREAM_KEY"
+"""Environment variable with the key that an upstream engine asks for."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +41,12 @@ class Settings:
         audit: file or database URL of the audit log.
         limits: changes, as in `("images=4",)`.
         base: where the base model is now, if it moved.
+        upstream: URL of an engine that answers in place of this process; its key, if it asks for
+            one, is in the environment, as `UPSTREAM_KEY` names it.
+        upstream_model: what that engine calls the model; None means as clients do.
 
     Raises:
-        ConfigError: others than this machine could ask without a key.
+        ConfigError: others than this machine could ask without a key, or the upstream is no URL.
     """
 
     model: Path
@@ -48,12 +58,18 @@ class Settings:
     audit: str = "audit.db"
     limits: tuple[str, ...] = ()
     base: Path | None = None
+    upstream: str | None = None
+    upstream_model: str | None = None
 
     def __post_init__(self) -> None:
         if self.keys is None and not is_loopback(self.host):
             raise ConfigError(
                 f"host {self.host}: others could ask without a key; make one with"
                 " 'psa-vlm keys add keys.yaml TENANT' and give --keys keys.yaml"
+            )
+        if self.upstream is not None and not self.upstream.startswith(("http://", "https://")):
+            raise ConfigError(
+                f"upstream {self.upstream}: write the URL of its API, as in http://127.0.0.1:9000/v1"
             )
 
 
@@ -66,7 +82,6 @@ def build(settings: Settings) -> FastAPI:
     """
     try:
         from psa_vlm.serving.app import create_app
-        from psa_vlm.serving.engine import InProcess
         from psa_vlm.serving.service import Model, Service
     except ImportError as error:
         raise MissingExtra(error.name or "fastapi", "serve") from error
@@ -84,9 +99,29 @@ def build(settings: Settings) -> FastAPI:
     policy()
     vlm = PsaVlm.from_pretrained(settings.model, base=settings.base)
     model = Model(settings.name or settings.model.resolve().name, fingerprint(settings.model))
-    engine = InProcess(vlm, limits.batch, limits.wait_ms / 1000, limits.waiting)
+    engine = _engine(settings, vlm, model.name, limits)
     audit = _audit(settings.audit)
     return create_app(Service(engine, model, policy(), audit, keys, limits, policy))
+
+
+def _engine(settings: Settings, vlm: PsaVlm, name: str, limits: Limits) -> Engine:
+    from psa_vlm.serving.engine import InProcess
+
+    local = InProcess(vlm, limits.batch, limits.wait_ms / 1000, limits.waiting)
+    if settings.upstream is None:
+        return local
+    try:
+        from psa_vlm.serving.upstream import Upstream
+    except ImportError as error:
+        raise MissingExtra(error.name or "openai", "serve") from error
+    return Upstream(
+        local,
+        settings.upstream,
+        settings.upstream_model or name,
+        os.environ.get(UPSTREAM_KEY),
+        limits.seconds,
+        limits.waiting,
+    )
 
 
 def serve(settings: Settings) -> None:
