@@ -51,6 +51,12 @@ def serve(
     upstream_model: Annotated[
         str | None, typer.Option(help="What that engine calls the model; default: as clients do.")
     ] = None,
+    remote: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--remote-host", help="A host that images may be fetched from; default: none."
+        ),
+    ] = None,
     base: Base = None,
 ) -> None:
     """Serve a run through OpenAI's API, under a policy, with an audit log."""
@@ -70,6 +76,7 @@ def serve(
             base,
             upstream,
             upstream_model,
+            tuple(remote or ()),
         )
     )
 

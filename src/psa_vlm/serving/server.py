@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from psa_vlm.policy.policy import Policy
     from psa_vlm.serving.audit import Audit
     from psa_vlm.serving.engine import Engine
+    from psa_vlm.serving.remote import Remote
     from psa_vlm.serving.service import Service
-
 
 UPSTREAM_KEY = "PSA_VLM_UPSTREAM_KEY"
 """Environment variable with the key that an upstream engine asks for."""
@@ -44,6 +44,7 @@ class Settings:
         upstream: URL of an engine that answers in place of this process; its key, if it asks for
             one, is in the environment, as `UPSTREAM_KEY` names it.
         upstream_model: what that engine calls the model; None means as clients do.
+        remote: hosts that images may be fetched from, as in `("example.org",)`.
 
     Raises:
         ConfigError: others than this machine could ask without a key, or the upstream is no URL.
@@ -60,6 +61,7 @@ class Settings:
     base: Path | None = None
     upstream: str | None = None
     upstream_model: str | None = None
+    remote: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.keys is None and not is_loopback(self.host):
@@ -101,7 +103,8 @@ def build(settings: Settings) -> FastAPI:
     model = Model(settings.name or settings.model.resolve().name, fingerprint(settings.model))
     engine = _engine(settings, vlm, model.name, limits)
     audit = _audit(settings.audit)
-    return create_app(Service(engine, model, policy(), audit, keys, limits, policy))
+    remote = _remote(settings, limits)
+    return create_app(Service(engine, model, policy(), audit, keys, limits, policy, remote))
 
 
 def _engine(settings: Settings, vlm: PsaVlm, name: str, limits: Limits) -> Engine:
@@ -122,6 +125,16 @@ def _engine(settings: Settings, vlm: PsaVlm, name: str, limits: Limits) -> Engin
         limits.seconds,
         limits.waiting,
     )
+
+
+def _remote(settings: Settings, limits: Limits) -> Remote | None:
+    if not settings.remote:
+        return None
+    try:
+        from psa_vlm.serving.remote import Remote
+    except ImportError as error:
+        raise MissingExtra(error.name or "httpx2", "serve") from error
+    return Remote(settings.remote, limits)
 
 
 def serve(settings: Settings) -> None:

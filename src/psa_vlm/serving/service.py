@@ -30,6 +30,8 @@ from psa_vlm.serving.policies import Policies
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from psa_vlm.serving.remote import Remote
+
 Result = TypeVar("Result")
 REASON = 300
 """Characters that are recorded of why a request failed."""
@@ -83,6 +85,7 @@ class Service:
         keys: of the tenants; None asks for no key, which is for a loopback alone.
         limits: of a request.
         load: reads the policy anew; None for one that stays.
+        remote: fetches images by URL; None refuses them.
 
     Raises:
         PolicyError: the policy does not fit the engine's taxonomy, or lacks a tenant of the keys.
@@ -97,12 +100,14 @@ class Service:
         keys: Keys | None = None,
         limits: Limits | None = None,
         load: Callable[[], Policy] | None = None,
+        remote: Remote | None = None,
     ) -> None:
         self.engine = engine
         self.model = model
         self.audit = audit
         self.keys = keys
         self.limits = limits or Limits()
+        self.remote = remote
         self.metrics = Metrics(engine)
         tenants = None if keys is None else keys.hashes
         self.policies = Policies(policy, engine.taxonomy, tenants, load, self.metrics.reloads)
@@ -216,7 +221,10 @@ class Service:
 
     async def _images(self, trace: _Trace, urls: Sequence[str]) -> tuple[Image, ...]:
         """Every frame of every image, opened within the limits."""
-        opening = run_in_threadpool(open_urls, urls, self.limits)
+        fetched: dict[str, bytes] = {}
+        if self.remote is not None and len(urls) <= self.limits.images:
+            fetched = await self._in_time(trace, self.remote.fetch(urls))
+        opening = run_in_threadpool(open_urls, urls, self.limits, fetched)
         trace.pictures = await self._in_time(trace, opening)
         trace.mark("images_ms")
         return tuple(frame for picture in trace.pictures for frame in picture.frames)
