@@ -86,7 +86,7 @@ class Remote:
             port=place.port,
             target=f"{place.path or '/'}{f'?{place.query}' if place.query else ''}",
         )
-        headers = {"Accept": "image/*", "Accept-Encoding": "identity"}
+        headers = [("Accept", "image/*"), ("Accept-Encoding", "identity")]
         try:
             async with (
                 httpcore2.AsyncConnectionPool(network_backend=self._backend) as pool,
@@ -141,11 +141,18 @@ class _Checked(httpcore2.AnyIOBackend):
         super().__init__()
         self._resolve = resolve
 
-    async def connect_tcp(self, host: str, port: int, **rest: Any) -> httpcore2.AsyncNetworkStream:
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[Any] | None = None,
+    ) -> httpcore2.AsyncNetworkStream:
         addresses = await self._resolve(host, port)
         if not addresses or not all(map(is_public, addresses)):
             raise _NotPublic
-        return await super().connect_tcp(addresses[0], port, **rest)
+        return await super().connect_tcp(addresses[0], port, timeout, local_address, socket_options)
 
 
 def _refused(told: str) -> RequestError:
