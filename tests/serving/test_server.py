@@ -76,28 +76,28 @@ def test_the_command_serves_reloads_and_finishes_what_it_took(
             {"type": "text", "text": "Hi"},
         ]
         body = {"model": "run", "messages": [{"role": "user", "content": content}]}
-        client = httpx2.Client(
+        with httpx2.Client(
             base_url=address, headers={"Authorization": f"Bearer {key}"}, timeout=60
-        )
-        reply = client.post("/v1/chat/completions", json={**body, "max_tokens": 4})
-        assert reply.status_code == 200
-        told = reply.json()["psa"]["policy"]
-        assert told["name"] == "house/school"
+        ) as client:
+            reply = client.post("/v1/chat/completions", json={**body, "max_tokens": 4})
+            assert reply.status_code == 200
+            told = reply.json()["psa"]["policy"]
+            assert told["name"] == "house/school"
 
-        policy.write_text(allowed + "\ntenants: {school: {off: [privacy]}}\n")
-        server.send_signal(signal.SIGHUP)
-        models = client.get("/v1/models")  # the signal is taken before a new request is
-        again = client.post("/v1/chat/completions", json={**body, "max_tokens": 4})
-        assert models.status_code == 200
-        assert again.json()["psa"]["policy"]["hash"] != told["hash"]
+            policy.write_text(allowed + "\ntenants: {school: {off: [privacy]}}\n")
+            server.send_signal(signal.SIGHUP)
+            models = client.get("/v1/models")  # the signal is taken before a new request is
+            again = client.post("/v1/chat/completions", json={**body, "max_tokens": 4})
+            assert models.status_code == 200
+            assert again.json()["psa"]["policy"]["hash"] != told["hash"]
 
-        long = {**body, "max_tokens": 300, "stream": True}
-        with client.stream("POST", "/v1/chat/completions", json=long) as stream:
-            lines = stream.iter_lines()
-            assert "decision" in next(lines)
-            server.send_signal(signal.SIGTERM)
-            rest = [line for line in lines if line]
-        assert rest[-1] == "data: [DONE]" and len(rest) > 10
+            long = {**body, "max_tokens": 300, "stream": True}
+            with client.stream("POST", "/v1/chat/completions", json=long) as stream:
+                lines = stream.iter_lines()
+                assert "decision" in next(lines)
+                server.send_signal(signal.SIGTERM)
+                rest = [line for line in lines if line]
+            assert rest[-1] == "data: [DONE]" and len(rest) > 10
     finally:
         server.send_signal(signal.SIGTERM)
         server.communicate(timeout=60)
