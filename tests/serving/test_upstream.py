@@ -22,7 +22,7 @@ from psa_vlm.inference import PsaVlm
 from psa_vlm.policy.policy import Policy
 from psa_vlm.serving.app import create_app
 from psa_vlm.serving.audit import Audit
-from psa_vlm.serving.engine import InProcess
+from psa_vlm.serving.in_process import InProcess
 from psa_vlm.serving.service import Model, Service
 from psa_vlm.serving.upstream import Upstream
 

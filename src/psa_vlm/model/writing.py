@@ -110,7 +110,7 @@ class _Pieces(BaseStreamer):
             self.listener.wrote(row, piece)
 
 
-class _Left(StoppingCriteria):  # type: ignore[misc]
+class _Left(StoppingCriteria):
     """Ends the answers that nobody waits for."""
 
     def __init__(self, listener: Listener) -> None:

@@ -108,7 +108,7 @@ def build(settings: Settings) -> FastAPI:
 
 
 def _engine(settings: Settings, vlm: PsaVlm, name: str, limits: Limits) -> Engine:
-    from psa_vlm.serving.engine import InProcess
+    from psa_vlm.serving.in_process import InProcess
 
     local = InProcess(vlm, limits.batch, limits.wait_ms / 1000, limits.waiting)
     if settings.upstream is None:

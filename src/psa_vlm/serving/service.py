@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
@@ -301,7 +301,7 @@ class Service:
         self,
         trace: _Trace,
         assessed: Assessed | None,
-        error: dict[str, str | int] | None = None,
+        error: Mapping[str, object] | None = None,
     ) -> None:
         verdict, decision = assessed or (None, None)
         policy = trace.caller.policy

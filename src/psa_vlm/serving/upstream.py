@@ -26,7 +26,8 @@ from openai import (
 )
 
 from psa_vlm.errors import Overloaded, RequestError
-from psa_vlm.serving.engine import Answer, Ask, Assessed, End, InProcess, Usage, refusal
+from psa_vlm.serving.engine import Answer, Ask, Assessed, End, Usage, refusal
+from psa_vlm.serving.in_process import InProcess
 
 if TYPE_CHECKING:
     from openai.types.chat import ChatCompletionMessageParam

@@ -17,7 +17,8 @@ from psa_vlm.inference import PsaVlm, Seen
 from psa_vlm.model.verdict import Verdict
 from psa_vlm.model.writing import Written
 from psa_vlm.policy.policy import Decision, Policy
-from psa_vlm.serving.engine import Answer, Ask, End, InProcess
+from psa_vlm.serving.engine import Answer, Ask, End
+from psa_vlm.serving.in_process import InProcess
 
 POLICY = Policy.shipped("strict")
 RED = Image.new("RGB", (32, 32), "red")
