@@ -381,6 +381,31 @@ def test_an_audit_log_is_verified_and_exported(psa: Psa, tmp_path: Path) -> None
     assert (broken.code, len(broken.out.splitlines())) == (1, 1)
 
 
+def test_a_policy_is_replayed_on_an_audit_log(psa: Psa, tmp_path: Path) -> None:
+    from psa_vlm.model.verdict import ImageVerdict, Verdict
+    from psa_vlm.serving.audit import Audit, Entry
+
+    words = Taxonomy.default()
+    probs = [dict.fromkeys(names, 0.0) for names in (words.types, words.levels)]
+    probs[0]["privacy"] = probs[1]["high"] = 1.0
+    seen = Verdict.from_probs([ImageVerdict(*probs)], words).to_dict()
+    decision = {"action": "refuse", "rule": "*.high", "type": "privacy", "level": "high"}
+    named = {"name": "n", "hash": "0"}
+    path = tmp_path / "audit.db"
+    one_line(psa("policy", "replay", "strict", "--audit", path), "no such audit log", code=1)
+    log = Audit(f"sqlite:///{path}")
+    log.append(Entry("one", "chat", None, ("ab",), {"privacy": 1.0}, seen, decision, named, named))
+    log.append(Entry("two", "chat", None, (), {}, None, None, named, named, {"code": "timeout"}))
+    log.close()
+    same = psa("policy", "replay", "strict", "--audit", path)
+    assert same.code == 0 and "0 change, 1 stay" in same.out and "timeout" in same.out
+    changed = psa("policy", "replay", "captcha-allowed", "--audit", path, "--json")
+    assert changed.code == 1
+    (change,) = json.loads(changed.out)["changes"]
+    assert (change["count"], change["after"]["rule"]) == (1, "off.privacy")
+    one_line(psa("policy", "replay", "none.yaml", "--audit", path), "no such file")
+
+
 def test_serve_refuses_the_open_without_keys(psa: Psa, run_dir: Path) -> None:
     one_line(psa("serve", "--model", run_dir, "--host", "0.0.0.0"), "psa-vlm keys add")
 

@@ -44,6 +44,7 @@ HEAVY = [
     "fastapi",
     "matplotlib",
     "numpy",
+    "openai",
     "pandas",
     "peft",
     "plotly",

@@ -12,6 +12,7 @@ from PIL import Image
 from psa_vlm.data.sample import Turn
 from psa_vlm.errors import ImageError, InputError
 from psa_vlm.inference import PsaVlm
+from psa_vlm.model.writing import Written
 from psa_vlm.policy.policy import Policy
 
 
@@ -58,13 +59,13 @@ def test_a_hint_stands_in_the_prompt_and_none_when_clean(
     model: PsaVlm, see: Any, picture: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts: list[str] = []
-    generate = model.backbone.generate
+    write = model.backbone.write
 
-    def spy(inputs: dict[str, torch.Tensor], *args: Any) -> list[str]:
+    def spy(inputs: dict[str, torch.Tensor], *args: Any) -> list[Written]:
         prompts.append(model.backbone.tokenizer.decode(inputs["input_ids"][0]))
-        return generate(inputs, *args)
+        return write(inputs, *args)
 
-    monkeypatch.setattr(model.backbone, "generate", spy)
+    monkeypatch.setattr(model.backbone, "write", spy)
     see("fairness", "high")
     model.reply(picture, "Who is better?", max_new_tokens=2)
     see("clean", "high")
@@ -185,6 +186,46 @@ def test_what_was_said_before_counts_for_the_verdict(model: PsaVlm, picture: Pat
         return dict(reply.verdict.images[0].level_probs)
 
     assert probabilities() != pytest.approx(probabilities("How do I break this?"), abs=1e-6)
+
+
+def test_a_system_message_is_read_and_counts_for_the_verdict(
+    model: PsaVlm, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts: list[str] = []
+    write = model.backbone.write
+
+    def spy(inputs: dict[str, torch.Tensor], *args: Any) -> list[Written]:
+        prompts.append(model.backbone.tokenizer.decode(inputs["input_ids"][0]))
+        return write(inputs, *args)
+
+    monkeypatch.setattr(model.backbone, "write", spy)
+    system = Turn("system", "Be short. <image>")
+    told = model.reply(picture, "Go on.", history=[system], max_new_tokens=1).verdict
+    untold = model.reply(picture, "Go on.", max_new_tokens=1).verdict
+    assert told and untold
+    assert told.images[0].level_probs != pytest.approx(untold.images[0].level_probs, abs=1e-6)
+    assert prompts[0].startswith("<s>Be short.") and prompts[0].count("<image>") == 16
+
+
+def test_a_listener_hears_each_answer_in_pieces_and_may_leave(model: PsaVlm, picture: Path) -> None:
+    pieces: list[list[str]] = [[], [], []]
+
+    class Listener:
+        def wrote(self, row: int, piece: str) -> None:
+            pieces[row].append(piece)
+
+        def left(self, row: int) -> bool:
+            return row == 2
+
+    seen = model.see_batch([picture, [], picture], ["What is this?", "Hello", "Bye"])
+    whole = model.answer_batch(seen[:2], [None, None], 40)
+    heard = model.answer_batch(seen, [None, None, None], 40, Listener())
+    assert [one.text for one in heard[:2]] == [one.text for one in whole]
+    assert ["".join(row) for row in pieces[:2]] == [one.text for one in whole]
+    assert max(len(row) for row in pieces[:2]) > 1
+    assert len("".join(pieces[2])) < len(whole[0].text)
+    assert [(one.cut, one.tokens) for one in whole] == [(True, 40)] * 2
+    assert whole[0].read > whole[1].read > len("Hello")
 
 
 def test_the_question_changes_the_verdict_on_the_same_image(model: PsaVlm, picture: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from psa_vlm.model.backbone import Backbone, ImageFeatures
 from psa_vlm.model.bottleneck import BottleneckOutput, SafetyBottleneck
 from psa_vlm.model.calibration import FILE, Calibration, Temperatures
 from psa_vlm.model.verdict import ImageVerdict, Verdict
+from psa_vlm.model.writing import Listener, Written
 from psa_vlm.policy.policy import Decision, Policy
 from psa_vlm.taxonomy import Taxonomy
 
@@ -68,12 +69,29 @@ class _Request:
 
     @property
     def text(self) -> str:
-        """All that the user said: earlier turns can carry the risky part."""
-        return "\n".join(turn.text for turn in self.conversation if turn.role == "user")
+        """All that the user and the system said: earlier turns can carry the risky part."""
+        return "\n".join(turn.text for turn in self.conversation if turn.role != "assistant")
 
     @property
     def rows(self) -> range:
         return range(self.first, self.first + len(self.images))
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A request that was encoded and assessed, to be decided on and answered.
+
+    Attributes:
+        conversation: its turns.
+        verdict: None without an image.
+        rows: of its images among those of its batch.
+        features: the encoded images of its batch; None without any, what went wrong after an error.
+    """
+
+    conversation: tuple[Turn, ...]
+    verdict: Verdict | None
+    rows: range
+    features: ImageFeatures | Exception | None
 
 
 class PsaVlm:
@@ -264,7 +282,8 @@ class PsaVlm:
             policy: None means the run's own.
             concepts: levels to take instead of the predicted ones, for instance
                 `{"illegal_risk": "high"}` (the bottleneck's intervention).
-            history: earlier turns; the user's count for the verdict too.
+            history: earlier turns, perhaps with one of the system at their head; all but the
+                assistant's count for the verdict too.
             max_new_tokens: most tokens of an answer.
             language: of the policy's texts, as in "de"; None means its own.
 
@@ -290,52 +309,80 @@ class PsaVlm:
         """`reply` for many requests: one vision pass, one generation for all that are answered."""
         policy = policy or self.policy
         policy.check(self.taxonomy)
+        seen = self.see_batch(images, texts, histories)
+        if concepts:
+            seen = [
+                replace(one, verdict=one.verdict and one.verdict.override(concepts, self.taxonomy))
+                for one in seen
+            ]
+        decisions = [self.decide(one, policy, language) for one in seen]
+        pending = [i for i, decision in enumerate(decisions) if decision.action != "refuse"]
+        hints = [decisions[i].hint for i in pending]
+        answers = self.answer_batch([seen[i] for i in pending], hints, max_new_tokens)
+        texts_ = {i: answer.text for i, answer in zip(pending, answers, strict=True)}
+        return [
+            Reply(texts_.get(i, decision.refusal or ""), one.verdict, decision)
+            for i, (one, decision) in enumerate(zip(seen, decisions, strict=True))
+        ]
+
+    # --- its steps -------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def see_batch(
+        self,
+        images: Sequence[Images],
+        texts: Sequence[str],
+        histories: Sequence[Sequence[Turn]] | None = None,
+    ) -> list[Seen]:
+        """Encode and assess many requests in one vision pass; arguments and errors as `reply`'s.
+
+        What goes wrong in a verdict comes back as a failed one, never as safe.
+        """
         requests = self._requests(images, texts, histories)
         features = self._encode(requests)
-        seen = [request for request in requests if request.images]
-        verdicts = iter(self._verdicts(seen, features))
-        replies: list[Reply | None] = [None] * len(requests)
-        pending: list[tuple[int, Verdict | None, Decision]] = []
-        for i, request in enumerate(requests):
-            verdict = next(verdicts) if request.images else None
-            if verdict is None:
-                decision = Decision("allow", NO_IMAGE)
-            else:
-                if concepts:
-                    verdict = verdict.override(concepts, self.taxonomy)
-                decision = policy.decide(verdict, self.taxonomy, language)
-            if decision.action == "refuse":
-                replies[i] = Reply(decision.refusal or "", verdict, decision)
-            else:
-                pending.append((i, verdict, decision))
-        answers = self._generate(
-            [requests[i] for i, _, _ in pending],
-            [decision.hint for _, _, decision in pending],
-            features,
-            max_new_tokens,
-        )
-        for (i, verdict, decision), answer in zip(pending, answers, strict=True):
-            replies[i] = Reply(answer, verdict, decision)
-        return [reply for reply in replies if reply is not None]
+        verdicts = iter(self._verdicts([one for one in requests if one.images], features))
+        return [
+            Seen(one.conversation, next(verdicts) if one.images else None, one.rows, features)
+            for one in requests
+        ]
 
-    def _generate(
+    def decide(self, seen: Seen, policy: Policy, language: str | None = None) -> Decision:
+        """What the policy does with a request; without an image there is nothing to decide."""
+        if seen.verdict is None:
+            return Decision("allow", NO_IMAGE)
+        return policy.decide(seen.verdict, self.taxonomy, language)
+
+    @torch.inference_mode()
+    def answer_batch(
         self,
-        requests: Sequence[_Request],
+        seen: Sequence[Seen],
         hints: Sequence[str | None],
-        features: ImageFeatures | Exception | None,
-        max_new_tokens: int,
-    ) -> list[str]:
-        if not requests:
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        listener: Listener | None = None,
+    ) -> list[Written]:
+        """Answers of the language model to requests of one `see_batch`, in one generation.
+
+        Args:
+            seen: the requests that are to be answered.
+            hints: of their decisions.
+            max_new_tokens: most tokens of an answer.
+            listener: hears the answers while they are written.
+
+        Raises:
+            InputError: a conversation is too long, or the chat template does not take its turns.
+        """
+        if not seen:
             return []
-        rows = [row for request in requests for row in request.rows]
+        features = seen[0].features
+        rows = [row for one in seen for row in one.rows]
         chosen = features.take(rows) if isinstance(features, ImageFeatures) and rows else None
         inputs = self.backbone.prompts(
-            [request.conversation for request in requests],
-            [len(request.images) for request in requests],
+            [one.conversation for one in seen],
+            [len(one.rows) for one in seen],
             hints,
             features=chosen,
         )
-        return self.backbone.generate(inputs, chosen, max_new_tokens)
+        return self.backbone.write(inputs, chosen, max_new_tokens, listener)
 
     # --- input -----------------------------------------------------------------------------------
 

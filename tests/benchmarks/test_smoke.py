@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import importlib
 import io
 import json
@@ -9,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import httpx2
 import pytest
 import torch
 
@@ -20,7 +23,7 @@ SMALL = {"num_hidden_layers": 1, "num_attention_heads": 2}
 def scripts(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
     """The scripts, with a real-size shape that is small."""
     monkeypatch.syspath_prepend(FOLDER)
-    names = ("common", "calibration", "inference", "prepare", "stage1")
+    names = ("common", "calibration", "inference", "prepare", "serving", "stage1")
     found = {name: importlib.import_module(name) for name in names}
     vision = {"hidden_size": 16, "intermediate_size": 16, "image_size": 28, **SMALL}
     language = {"hidden_size": 16, "intermediate_size": 16, "num_key_value_heads": 2, **SMALL}
@@ -93,6 +96,38 @@ def test_prepare(scripts: dict[str, ModuleType], tmp_path: Path) -> None:
     data = json.loads((tmp_path / "out.json").read_text())
     assert data["rows"] == 70 and data["images"] == 5 and data["machine"]["name"]
     assert sum(data["splits"].values()) <= 70 and data["peak"] >= data["before"] > 10
+
+
+def test_serving_counts_what_came_and_what_is_not_on_record(
+    scripts: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from psa_vlm.serving.audit import Audit, Entry
+
+    serving, log = scripts["serving"], tmp_path / "audit.db"
+    audit, numbers = Audit(f"sqlite:///{log}"), iter(range(1000))
+
+    def reply(request: httpx2.Request) -> httpx2.Response:
+        number = next(numbers)
+        if number == 1:
+            raise httpx2.ConnectError("gone")
+        if number == 2:
+            return httpx2.Response(500)
+        if number > 3:  # the fourth is forgotten
+            named = {"name": "n", "hash": "0"}
+            audit.append(Entry(str(number), "chat", None, (), {}, None, None, named, named))
+        return httpx2.Response(200, json={"id": str(number)})
+
+    client = functools.partial(httpx2.AsyncClient, transport=httpx2.MockTransport(reply))
+    monkeypatch.setattr(serving.httpx2, "AsyncClient", client)
+    asked = serving.bodies("run")
+    load = asyncio.run(serving.drive("http://there", asked, 2, 0.5))
+    facts = load.facts(0.5)
+    assert facts["replies"] == facts["statuses"]["200"] == len(load.ids) > 4
+    assert (facts["broken"], facts["statuses"]["500"]) == (1, 1)
+    assert facts["p95_ms"] >= facts["p50_ms"] > 0
+    assert serving.missing(log, load.ids) == 2  # the first was forgotten too
+    audit.close()
+    assert {one["model"] for one in asked} == {"run"}
 
 
 def test_the_real_size_needs_cuda(

@@ -218,7 +218,8 @@ def test_empty_text_is_an_error(backbone: Backbone, text: str) -> None:
 
 def test_a_prompt_is_what_the_template_says(with_tokens: Backbone) -> None:
     turns = [Turn("user", "One?"), Turn("assistant", "Yes."), Turn("user", "Two?")]
-    inputs = with_tokens.prompts([turns], [2], hints=["Safe Hint: mind."], system="Be kind.")
+    turns.insert(0, Turn("system", "Be kind."))
+    inputs = with_tokens.prompts([turns], [2], hints=["Safe Hint: mind."])
     mark = "<safety_0><safety_1><safety_2>" + "<image>" * 16 + "\n"
     assert with_tokens.tokenizer.decode(inputs["input_ids"][0]) == (
         f"<s>Be kind. USER: {mark}{mark}One? ASSISTANT: Yes. "
@@ -255,12 +256,27 @@ def test_inference_pads_left_and_training_right(with_tokens: Backbone) -> None:
     assert batch["labels"][1, length:].eq(-100).all()
 
 
+def test_turns_that_the_template_does_not_take_are_an_error(llava_dir: Path) -> None:
+    backbone = Backbone.from_pretrained(llava_dir)
+    template = backbone.processor.chat_template
+    turns = [Turn("system", "Be kind."), Turn("user", "One?")]
+    first = "{% if messages[0]['role'] == 'system' %}"
+    for changed, told in (
+        (f"{first}{{{{ raise_exception('no system turns') }}}}{{% endif %}}", "no system turns"),
+        (f"{first}{{% set messages = messages[1:] %}}{{% endif %}}", "leaves out words"),
+    ):
+        backbone.processor.chat_template = changed + template
+        with pytest.raises(InputError, match=rf"\(system, user\).*{told}"):
+            backbone.prompts([turns], [0])
+
+
 def test_training_prompts_are_inference_prompts(with_tokens: Backbone) -> None:
     turns = [Turn("user", "One?"), Turn("assistant", "Yes."), Turn("user", "Two?")]
+    turns.insert(0, Turn("system", "Be kind."))
     conversations, counts, hints = [turns, *asked("Hm?")], [2, 1], ["Safe Hint: mind.", None]
     answers = ["No USER: <image> here.", "Yes."]
-    inputs = with_tokens.prompts(conversations, counts, hints, "Be kind.")
-    batch = with_tokens.prompts(conversations, counts, hints, "Be kind.", answers)
+    inputs = with_tokens.prompts(conversations, counts, hints)
+    batch = with_tokens.prompts(conversations, counts, hints, answers)
     for row in range(2):
         prompt = inputs["input_ids"][row][inputs["attention_mask"][row].bool()]
         ids, labels = batch["input_ids"][row], batch["labels"][row]

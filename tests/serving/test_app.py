@@ -14,11 +14,14 @@ from fastapi.testclient import TestClient
 from psa_vlm.errors import Overloaded
 from psa_vlm.inference import PsaVlm
 from psa_vlm.policy.policy import Policy
-from psa_vlm.serving.app import Model, Service, create_app
+from psa_vlm.serving.app import create_app
 from psa_vlm.serving.audit import Audit
-from psa_vlm.serving.engine import InProcess
+from psa_vlm.serving.in_process import InProcess
 from psa_vlm.serving.keys import Keys, hash_key, new_key
 from psa_vlm.serving.limits import Limits
+from psa_vlm.serving.service import Model, Service
+
+from .conftest import image
 
 POLICY = Policy.from_text(
     """
@@ -31,11 +34,6 @@ tenants:
   press: {off: [privacy]}
 """
 )
-
-
-@pytest.fixture(scope="module")
-def model(run_dir: Path) -> PsaVlm:
-    return PsaVlm.from_pretrained(run_dir)
 
 
 @pytest.fixture()
@@ -54,7 +52,7 @@ def serve(model: PsaVlm, audit: Audit) -> Iterator[Serve]:
     def start(keys: Keys | None = None, **limits: int) -> TestClient:
         engine = InProcess(model, wait=0)
         service = Service(engine, Model("tiny", "f" * 16), POLICY, audit, keys, Limits(**limits))
-        client = TestClient(create_app(service), raise_server_exceptions=False)
+        client = TestClient(create_app(service), "http://localhost", raise_server_exceptions=False)
         client.__enter__()
         clients.append(client)
         return client
@@ -63,10 +61,6 @@ def serve(model: PsaVlm, audit: Audit) -> Iterator[Serve]:
     for client in clients:
         client.__exit__(None, None, None)
     audit.close()
-
-
-def image(url: str) -> dict[str, Any]:
-    return {"type": "image_url", "image_url": {"url": url}}
 
 
 def chat(*urls: str, text: str = "What is this?", **changes: Any) -> dict[str, Any]:
@@ -96,7 +90,10 @@ def test_a_reply_carries_verdict_decision_and_record(
     reply = client.post(CHAT, json=chat(make_url(), temperature=0)).json()
     assert reply["object"] == "chat.completion"
     (choice,) = reply["choices"]
-    assert choice["finish_reason"] == "stop"
+    assert choice["finish_reason"] == "length"  # four tokens are cut short
+    usage = reply["usage"]
+    assert usage["completion_tokens"] == 4 and usage["prompt_tokens"] > 16
+    assert usage["total_tokens"] == usage["prompt_tokens"] + 4
     assert choice["message"]["refusal"] is None and isinstance(choice["message"]["content"], str)
     psa = reply["psa"]
     assert psa["decision"] == {
@@ -108,7 +105,7 @@ def test_a_reply_carries_verdict_decision_and_record(
     }
     assert (psa["images"][0]["type"], psa["images"][0]["level"]) == ("privacy", "low")
     assert psa["policy"] == {"name": "house", "hash": POLICY.hash}
-    assert psa["timings"]["total_ms"] >= psa["timings"]["engine_ms"] > 0
+    assert psa["timings"]["total_ms"] >= psa["timings"]["verdict_ms"] > 0
     (record,) = audit.records()
     assert record["request"] == reply["id"]
     assert record["images"] == [psa["images"][0]["sha256"]]
@@ -124,6 +121,7 @@ def test_a_refusal_is_openai_s(serve: Serve, see: Any, make_url: Any, audit: Aud
     reply = serve().post(CHAT, json=chat(make_url())).json()
     (choice,) = reply["choices"]
     assert choice["finish_reason"] == "content_filter"
+    assert reply["usage"]["total_tokens"] == 0  # the language model is not called
     assert choice["message"]["content"] is None
     assert choice["message"]["refusal"].startswith("Sorry, I can not help")
     assert next(audit.records())["decision"]["action"] == "refuse"
@@ -142,14 +140,66 @@ def test_a_stream_decides_before_its_first_word(
 ) -> None:
     see("privacy", level)
     client = serve()
-    whole = client.post(CHAT, json=chat(make_url())).json()
-    first, *rest = events(client.post(CHAT, json=chat(make_url(), stream=True)))
+    whole = client.post(CHAT, json=chat(make_url(), max_tokens=20)).json()
+    streamed = chat(make_url(), max_tokens=20, stream=True)
+    first, *rest = events(client.post(CHAT, json=streamed))
     assert first["psa"]["decision"] == whole["psa"]["decision"]
     assert first["choices"][0]["delta"] == {"role": "assistant"}
     deltas = [one["choices"][0]["delta"] for one in rest]
     assert "".join(delta.get(said, "") for delta in deltas) == whole["choices"][0]["message"][said]
     assert rest[-1]["choices"][0]["finish_reason"] == whole["choices"][0]["finish_reason"]
     assert {one["id"] for one in (first, *rest)} == {list(audit.records())[1]["request"]}
+    if said == "content":
+        assert len(rest) > 3  # word by word
+    options = {"stream_options": {"include_usage": True}}
+    *chunks, last = events(client.post(CHAT, json=streamed | options))
+    assert all(one["usage"] is None for one in chunks)
+    assert (last["choices"], last["usage"]) == ([], whole["usage"])
+    assert "stream" in error(client.post(CHAT, json=chat() | options), 400)["message"]
+
+
+def test_a_stream_that_breaks_off_says_so_in_the_stream_and_on_record(
+    serve: Serve, see: Any, make_url: Any, audit: Audit, model: PsaVlm
+) -> None:
+    see("clean", "safe")
+    steps = iter(range(100))
+
+    def fail(*_: Any) -> None:
+        if next(steps) > 20:
+            raise RuntimeError("secret path")
+
+    hook = model.backbone.model.get_decoder().register_forward_pre_hook(fail)
+    try:
+        response = serve().post(CHAT, json=chat(make_url(), max_tokens=50, stream=True))
+    finally:
+        hook.remove()
+    assert response.status_code == 200
+    *_, last = [line for line in response.text.split("\n\n") if line]
+    told = json.loads(last.removeprefix("data: "))["error"]
+    assert told["message"] == "the request failed"
+    decided, failed = audit.records()
+    assert decided["decision"]["action"] == "allow" and decided["error"] is None
+    assert failed["request"] == decided["request"] and failed["decision"] is None
+    assert "secret path" in failed["error"]["reason"]
+
+
+def test_a_system_message_is_read_and_assessed(
+    serve: Serve, make_url: Any, audit: Audit, model: PsaVlm
+) -> None:
+    client = serve()
+
+    def probabilities(*first: dict[str, str]) -> Any:
+        body = chat(make_url())
+        body["messages"] = [*first, *body["messages"]]
+        return client.post(CHAT, json=body).json()["psa"]["images"][0]["level_probs"]
+
+    system = {"role": "system", "content": "How do I break this?"}
+    assert probabilities(system) != probabilities()
+    body = chat()
+    body["messages"].append(system)
+    assert "first message" in error(client.post(CHAT, json=body), 400)["message"]
+    body["messages"] = [system]
+    assert "the last message" in error(client.post(CHAT, json=body), 400)["message"]
 
 
 def test_every_image_of_every_turn_is_assessed(
@@ -245,7 +295,16 @@ def test_what_cannot_be_served_is_named_and_computes_nothing(
     assert "tokens long" in error(post(chat(make_url(), text="a" * 9000)), 400)["message"]
     text_alone = client.post("/v1/moderations", json={"input": "Hi"})
     assert "no image" in error(text_alone, 400)["message"]
-    assert audit.verify().records == 0
+    records = list(audit.records())
+    assert [one["error"]["code"] for one in records[:4]] == [
+        "unsupported_value",
+        "invalid_request",
+        "invalid_request",
+        "model_not_found",
+    ]
+    assert len(records) == 10  # all but the parameter that made no request of it
+    assert all(one["decision"] is None and one["scores"] == {} for one in records)
+    assert '{code="invalid_image",endpoint="chat"} 1.0' in client.get("/metrics").text
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"[" * 9999, b'{"model": "\\ud800"}', b"\xff"])
@@ -269,30 +328,41 @@ def test_a_full_queue_says_when_to_ask_again(
     async def full(*_: Any) -> None:
         raise Overloaded(7)
 
-    monkeypatch.setattr(InProcess, "reply", full)
-    response = serve().post(CHAT, json=chat(make_url()))
+    monkeypatch.setattr(InProcess, "answer", full)
+    client = serve()
+    response = client.post(CHAT, json=chat(make_url()))
     assert error(response, 429)["type"] == "rate_limit_error"
     assert response.headers["retry-after"] == "7"
-    assert audit.verify().records == 0
+    assert audit.verify().records == 0  # counted alone: a record would add to the load
+    assert 'psa_failures_total{code="overloaded"' in client.get("/metrics").text
 
 
 def test_what_takes_too_long_is_given_up(
-    serve: Serve, model: PsaVlm, monkeypatch: pytest.MonkeyPatch
+    serve: Serve, model: PsaVlm, monkeypatch: pytest.MonkeyPatch, audit: Audit
 ) -> None:
     import time
 
-    monkeypatch.setattr(model, "reply_batch", lambda *_, **__: time.sleep(1.3))
+    monkeypatch.setattr(model, "see_batch", lambda *_: time.sleep(1.3))
     assert error(serve(seconds=1).post(CHAT, json=chat()), 504)["code"] == "timeout"
+    (record,) = audit.records()
+    assert record["error"]["code"] == "timeout" and record["decision"] is None
 
 
-def test_an_error_of_the_model_tells_nothing(
-    serve: Serve, model: PsaVlm, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("step", ["see_batch", "answer_batch"])
+def test_an_error_of_the_model_tells_the_operator_alone(
+    serve: Serve, model: PsaVlm, monkeypatch: pytest.MonkeyPatch, audit: Audit, step: str
 ) -> None:
-    def broken(*_: Any, **__: Any) -> None:
+    def broken(*_: Any) -> None:
         raise RuntimeError("secret path")
 
-    monkeypatch.setattr(model, "reply_batch", broken)
+    monkeypatch.setattr(model, step, broken)
     assert error(serve().post(CHAT, json=chat()), 500)["message"] == "the request failed"
+    *_, record = audit.records()
+    assert record["error"] == {
+        "code": "internal_error",
+        "status": 500,
+        "reason": "RuntimeError('secret path')",
+    }
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -338,11 +408,68 @@ def test_a_key_opens_the_door_and_picks_the_policy(
         assert client.get(open_to_all).status_code == 200
 
 
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:8000", "localhost.evil.example", "", "[::1"]
+)
+def test_without_keys_only_the_loopback_s_names_are_answered(serve: Serve, host: str) -> None:
+    """A page may point its own name at this machine and let a browser ask."""
+    client = serve()
+    for name in ("localhost", "localhost:8000", "127.0.0.1:8000", "[::1]:8000"):
+        assert client.get("/v1/models", headers={"Host": name}).status_code == 200
+    wrong = {"Host": host}
+    assert error(client.get("/v1/models", headers=wrong), 403)["code"] == "wrong_host"
+    assert error(client.post(CHAT, json=chat(), headers=wrong), 403)
+    keyed = serve(Keys({"school": [hash_key(new_key())]}))
+    assert error(keyed.get("/v1/models", headers=wrong), 401)
+
+
+def test_what_a_web_page_may_send_unasked_is_no_request(serve: Serve, audit: Audit) -> None:
+    """A browser asks before it sends JSON elsewhere, and is not allowed to; plain text it sends."""
+    plain = {"Content-Type": "text/plain"}
+    assert error(serve().post(CHAT, content=json.dumps(chat()), headers=plain), 400)
+    assert audit.verify().records == 0
+
+
 def test_a_tenant_without_a_policy_is_an_error_at_the_start(serve: Serve) -> None:
     from psa_vlm.errors import PolicyError
 
     with pytest.raises(PolicyError, match="no tenant 'shop'"):
         serve(Keys({"shop": [hash_key(new_key())]}))
+
+
+# --- policies that change -------------------------------------------------------------------------
+
+
+def test_a_bad_policy_file_leaves_the_service_as_it_was(
+    model: PsaVlm, audit: Audit, see: Any, make_url: Any, tmp_path: Path
+) -> None:
+    see("privacy", "medium")
+    path = tmp_path / "house.yaml"
+    path.write_text("name: house\ninherits: default\n")
+
+    def load() -> Policy:
+        return Policy.from_yaml(path)
+
+    service = Service(InProcess(model, wait=0), Model("tiny", "f"), load(), audit, load=load)
+    with TestClient(create_app(service), "http://localhost") as client:
+
+        def decided() -> str:
+            action: str = client.post(CHAT, json=chat(make_url())).json()["psa"]["decision"][
+                "action"
+            ]
+            return action
+
+        assert decided() == "hint"
+        path.write_text("name: house\n")
+        service.policies.reload()
+        assert decided() == "hint"
+        assert client.get("/readyz").status_code == 200
+        assert 'psa_policy_reloads_total{outcome="refused"} 1.0' in client.get("/metrics").text
+        path.write_text('name: house\ninherits: default\nrules: {"*": {medium: refuse}}\n')
+        service.policies.reload()
+        assert decided() == "refuse"
+        before, same, after = [one["policy"]["hash"] for one in audit.records()]
+        assert before == same != after
 
 
 # --- the rest ------------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ def user(*parts: Any) -> list[Any]:
         ({"messages": []}, "messages", "invalid_value"),
         ({"messages": [{"role": "user"}]}, "messages.0.content", "missing_parameter"),
         (
-            {"messages": [{"role": "system", "content": "a"}]},
+            {"messages": [{"role": "developer", "content": "a"}]},
             "messages.0.role",
             "unsupported_value",
         ),

@@ -50,11 +50,14 @@ def test_a_log_that_is_not_there_is_not_made(tmp_path: Path) -> None:
     assert not path.exists()
 
 
-def test_the_command_serves_until_it_is_told_to_stop(
+def test_the_command_serves_reloads_and_finishes_what_it_took(
     run_dir: Path, tmp_path: Path, make_url: Any
 ) -> None:
     log, keys, policy = (tmp_path / name for name in ("audit.db", "keys.yaml", "policy.yaml"))
-    policy.write_text("name: house\ninherits: strict\ntenants: {school: {}}\n")
+    allowed = (
+        'name: house\ninherits: default\nrules: {"*": {low: allow, medium: allow, high: allow}}'
+    )
+    policy.write_text(allowed + "\ntenants: {school: {}}\n")
     key = new_key()
     Keys({"school": [hash_key(key)]}).save(keys)
     command = ["serve", "--model", run_dir, "--policy", policy, "--keys", keys, "--audit", log]
@@ -72,17 +75,35 @@ def test_the_command_serves_until_it_is_told_to_stop(
             {"type": "image_url", "image_url": {"url": make_url()}},
             {"type": "text", "text": "Hi"},
         ]
-        messages = [{"role": "user", "content": content}]
-        reply = httpx2.post(
-            f"{address}/v1/chat/completions",
-            json={"model": "run", "messages": messages, "max_tokens": 4},
-            headers={"Authorization": f"Bearer {key}"},
-            timeout=60,
-        )
-        assert reply.status_code == 200
-        assert reply.json()["psa"]["policy"]["name"] == "house/school"
+        body = {"model": "run", "messages": [{"role": "user", "content": content}]}
+        with httpx2.Client(
+            base_url=address, headers={"Authorization": f"Bearer {key}"}, timeout=60
+        ) as client:
+            reply = client.post("/v1/chat/completions", json={**body, "max_tokens": 4})
+            assert reply.status_code == 200
+            told = reply.json()["psa"]["policy"]
+            assert told["name"] == "house/school"
+
+            policy.write_text(allowed + "\ntenants: {school: {off: [privacy]}}\n")
+            server.send_signal(signal.SIGHUP)
+            models = client.get("/v1/models")  # the signal is taken before a new request is
+            again = client.post("/v1/chat/completions", json={**body, "max_tokens": 4})
+            assert models.status_code == 200
+            assert again.json()["psa"]["policy"]["hash"] != told["hash"]
+
+            long = {**body, "max_tokens": 300, "stream": True}
+            with client.stream("POST", "/v1/chat/completions", json=long) as stream:
+                lines = stream.iter_lines()
+                assert "decision" in next(lines)
+                server.send_signal(signal.SIGTERM)
+                rest = [line for line in lines if line]
+            assert rest[-1] == "data: [DONE]" and len(rest) > 10
     finally:
         server.send_signal(signal.SIGTERM)
         server.communicate(timeout=60)
     with open_audit(str(log), existing=True) as audit:
-        assert [one["request"] for one in audit.records()] == [reply.json()["id"]]
+        assert [one["request"] for one in audit.records()][:2] == [
+            reply.json()["id"],
+            again.json()["id"],
+        ]
+        assert audit.verify().records == 3

@@ -68,6 +68,30 @@ def diff(
 
 
 @app.command()
+def replay(
+    policy: PolicyArgument,
+    audit: Annotated[str, typer.Option(help="The audit log: a file, or a database URL.")],
+    taxonomy: TaxonomyFile = None,
+    examples: Annotated[int, typer.Option(help="Requests to name for each change.", min=0)] = 3,
+    as_json: Json = False,
+) -> None:
+    """Which past decisions of the service a new policy would change: exit code 1 if any, else 0."""
+    from rich.console import Console
+
+    from psa_vlm.policy import replay
+    from psa_vlm.serving.server import open_audit
+
+    rules, words = _checked(policy, taxonomy)
+    with open_audit(audit, existing=True) as log:
+        found = replay.replay(log.records(), rules, words, examples)
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        Console().print(replay.view(found))
+    raise typer.Exit(1 if found.changes else 0)
+
+
+@app.command()
 def schema() -> None:
     """The JSON Schema of a policy file, for an editor."""
     from psa_vlm.policy.policy import Policy

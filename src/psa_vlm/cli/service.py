@@ -41,13 +41,44 @@ def serve(
     limits: Annotated[
         list[str] | None, typer.Option("--limit", help="Change a limit, as in images=4.")
     ] = None,
+    upstream: Annotated[
+        str | None,
+        typer.Option(
+            help="URL of an OpenAI-compatible engine that answers instead; its key is taken from"
+            " PSA_VLM_UPSTREAM_KEY."
+        ),
+    ] = None,
+    upstream_model: Annotated[
+        str | None, typer.Option(help="What that engine calls the model; default: as clients do.")
+    ] = None,
+    remote: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--remote-host", help="A host that images may be fetched from; default: none."
+        ),
+    ] = None,
     base: Base = None,
 ) -> None:
     """Serve a run through OpenAI's API, under a policy, with an audit log."""
     from psa_vlm.serving.server import Settings, serve
 
     quiet()
-    serve(Settings(model, policy, host, port, name, keys, audit, tuple(limits or ()), base))
+    serve(
+        Settings(
+            model,
+            policy,
+            host,
+            port,
+            name,
+            keys,
+            audit,
+            tuple(limits or ()),
+            base,
+            upstream,
+            upstream_model,
+            tuple(remote or ()),
+        )
+    )
 
 
 @audit_app.command()

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
 from psa_vlm.errors import DataError
 
 if TYPE_CHECKING:
     from PIL import Image
 
-Role = Literal["user", "assistant"]
+Role = Literal["system", "user", "assistant"]
 
 IMAGE_MARK = "<image>"
 """Where published data sets put the image in a text."""
@@ -20,7 +20,7 @@ IMAGE_MARK = "<image>"
 
 @dataclass(frozen=True)
 class Turn:
-    """What one side says."""
+    """What one side says; a turn of the system may open a conversation, but not a sample's."""
 
     role: Role
     text: str
@@ -58,7 +58,7 @@ class Sample:
     def __post_init__(self) -> None:
         roles = [turn.role for turn in self.conversation]
         for role in roles:
-            if role not in get_args(Role):
+            if role not in ("user", "assistant"):
                 raise DataError(f"sample {self.id}: role {role!r} is neither user nor assistant")
         if "user" not in roles:
             raise DataError(f"sample {self.id}: the conversation needs a user turn")

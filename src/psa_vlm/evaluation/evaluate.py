@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from psa_vlm.data.images import open_images
-from psa_vlm.data.sample import Sample
+from psa_vlm.data.sample import Sample, Turn
 from psa_vlm.errors import DataError
 from psa_vlm.evaluation.scorecard import Cell, Method, Record, Split
 from psa_vlm.evaluation.scorers import Interval, Judge, macro_f1, wilson
@@ -52,12 +52,9 @@ def unaligned(
         images = [image for group in opened for image in group]
         counts = [len(group) for group in opened]
         features = backbone.encode(images, counts) if images else None
-        inputs = backbone.prompts(
-            [sample.conversation[:1] for sample in samples],
-            counts,
-            system=system,
-            features=features,
-        )
+        first = () if system is None else (Turn("system", system),)
+        asked = [(*first, *sample.conversation[:1]) for sample in samples]
+        inputs = backbone.prompts(asked, counts, features=features)
         return [(text, None) for text in backbone.generate(inputs, features, max_new_tokens)]
 
     return answer

@@ -23,6 +23,7 @@ from psa_vlm.model.families import spec_for
 from psa_vlm.model.probe import probe
 from psa_vlm.model.prompts import PromptBuilder
 from psa_vlm.model.tokens import guard_of, safety_token_ids
+from psa_vlm.model.writing import Listener, Written, heard, written
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -304,17 +305,16 @@ class Backbone:
         conversations: Sequence[Sequence[Turn]],
         image_counts: Sequence[int],
         hints: Sequence[str | None] | None = None,
-        system: str | None = None,
         answers: Sequence[str] | None = None,
         features: ImageFeatures | None = None,
     ) -> dict[str, Tensor]:
-        """Build B prompts through the chat template; every user's text stays plain text.
+        """Build B prompts through the chat template; the text of every turn stays plain text.
 
         Args:
-            conversations: turns without image marks; each ends with the user's.
+            conversations: turns without image marks; each ends with the user's, and may begin with
+                one of the system.
             image_counts: images of each conversation, placed in its first user turn.
             hints: put on a line of their own after the last user turn's words, in the same turn.
-            system: system prompt of all of them.
             answers: for training. The ids up to an answer equal those of inference.
             features: the images of all prompts in order; None stands for images as a small one,
                 which is right where every image takes as many positions.
@@ -326,31 +326,57 @@ class Backbone:
             families also want token types ``[B, L]``.
 
         Raises:
-            InputError: if a conversation does not end with the user, is too long for the model,
-                or imitates control tokens in a way that can't be undone; if the features are of
-                another number of images.
+            InputError: if a conversation does not end with the user, has turns that the chat
+                template does not take, is too long for the model, or imitates control tokens in a
+                way that can't be undone; if the features are of another number of images.
             CheckpointError: if the chat template does not write one mark for each image.
         """
         marks = None if features is None else features.marks
-        inputs = self._builder.inputs(conversations, image_counts, hints, system, answers, marks)
+        inputs = self._builder.inputs(conversations, image_counts, hints, answers, marks)
         for name, types in self.spec.token_types.items():
             inputs[name] = types(inputs["input_ids"], inputs.get("labels"), self.image_token_id)
         device = self.device
         return {name: tensor.to(device) for name, tensor in inputs.items()}
 
-    @torch.no_grad()
+    def messages(
+        self, conversation: Sequence[Turn], images: int, hint: str | None
+    ) -> list[dict[str, Any]]:
+        """The chat that `prompts` writes, for an engine elsewhere that renders it itself.
+
+        Args:
+            conversation: as one of those of `prompts`.
+            images: how many stand in its first user turn, as `{"type": "image"}`.
+            hint: after the last user turn's words.
+
+        Raises:
+            InputError, CheckpointError: as `prompts`.
+        """
+        return self._builder.messages(conversation, images, hint)
+
     def generate(
         self,
         inputs: dict[str, Tensor],
         features: ImageFeatures | None = None,
         max_new_tokens: int = 256,
     ) -> list[str]:
+        """The texts of `write`."""
+        return [answer.text for answer in self.write(inputs, features, max_new_tokens)]
+
+    @torch.no_grad()
+    def write(
+        self,
+        inputs: dict[str, Tensor],
+        features: ImageFeatures | None = None,
+        max_new_tokens: int = 256,
+        listener: Listener | None = None,
+    ) -> list[Written]:
         """Answer B prompts greedily, reusing the encoded images: no second vision pass.
 
         Args:
             inputs: from :meth:`prompts`.
             features: the images of all prompts in order; None if there are none.
             max_new_tokens: most tokens of an answer.
+            listener: hears the answers while they are written.
 
         Raises:
             InputError: if the prompts do not speak of exactly these images.
@@ -362,22 +388,26 @@ class Backbone:
                 f"the prompts hold {held / self.image_tokens:g} images but {images} are given"
             )
         encoded = {"mm_encoder_outputs": {}} if features is None else features.model_inputs()
+        config = self.model.generation_config
         suppressed = {
-            *(self.model.generation_config.suppress_tokens or ()),
+            *(config.suppress_tokens or ()),
             *guard_of(self.processor).safety_ids,
             self.image_token_id,
         }
+        ends = config.eos_token_id
+        ends = frozenset(ends if isinstance(ends, list) else () if ends is None else (ends,))
         ids = self.model.generate(
             **inputs,
             **encoded,
+            **({} if listener is None else heard(listener, self.tokenizer, ends)),
             max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,
             suppress_tokens=sorted(suppressed),
         )
-        new = ids[:, inputs["input_ids"].shape[1] :]  # [B, new tokens]
-        texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
-        return [text.strip() for text in texts]
+        new = ids[:, inputs["input_ids"].shape[1] :]  # [B, S]
+        read = inputs["attention_mask"].sum(1).tolist()
+        return written(new, read, self.tokenizer, ends)
 
 
 def _check_family(path: str | PathLike[str], model_type: str) -> None:

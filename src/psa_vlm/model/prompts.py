@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from psa_vlm.errors import CheckpointError, InputError
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 IGNORED = -100
 """Label of the positions that the loss leaves out."""
 REMEMBERED = 256
-"""Shapes of conversations (roles, images, hint, system prompt) whose control tokens are kept."""
+"""Shapes of conversations (roles, images, hint) whose control tokens are kept."""
 
 
 class PromptBuilder:
@@ -47,7 +48,6 @@ class PromptBuilder:
         conversations: Sequence[Sequence[Turn]],
         image_counts: Sequence[int],
         hints: Sequence[str | None] | None = None,
-        system: str | None = None,
         answers: Sequence[str] | None = None,
         marks: Sequence[str] | None = None,
     ) -> dict[str, Tensor]:
@@ -62,7 +62,7 @@ class PromptBuilder:
             raise InputError(f"the prompts hold {wanted} images but {len(marks)} are given")
         rest = iter(marks)
         rows = [
-            self._row(turns, list(islice(rest, images)), hint, system, answer)
+            self._row(turns, list(islice(rest, images)), hint, answer)
             for turns, images, hint, answer in zip(
                 conversations,
                 image_counts,
@@ -79,28 +79,37 @@ class PromptBuilder:
             )
         return self._batch(rows, longest, training=answers is not None)
 
-    def _row(
-        self,
-        turns: Sequence[Turn],
-        marks: Sequence[str],
-        hint: str | None,
-        system: str | None,
-        answer: str | None,
-    ) -> tuple[list[int], list[int]]:
-        """Ids of the prompt, and of the answer with its end of turn (empty without an answer)."""
+    def messages(
+        self, turns: Sequence[Turn], images: int, hint: str | None
+    ) -> list[dict[str, Any]]:
+        """Chat messages of plain words: :meth:`psa_vlm.model.backbone.Backbone.messages`."""
+        return self._checked(turns, images, hint)[0]
+
+    def _checked(
+        self, turns: Sequence[Turn], images: int, hint: str | None
+    ) -> tuple[list[dict[str, Any]], str, list[int]]:
+        """Messages in which no text can pass for structure, their prompt, and its ids."""
         if not turns or turns[-1].role != "user":
             raise InputError("the conversation must end with a turn of the user")
         guard = guard_of(self.processor)
         roles, texts = [turn.role for turn in turns], [guard.clean(turn.text) for turn in turns]
-        messages = _messages(roles, texts, len(marks), hint, system)
+        messages = _messages(roles, texts, images, hint)
         prompt = self._render(messages, add_generation_prompt=True)
         ids = self._ids(prompt)
-        if self._expected(guard, tuple(roles), len(marks), hint, system) != guard.structure(ids):
+        if self._expected(guard, tuple(roles), images, hint) != guard.structure(ids):
             raise InputError("the text imitates control tokens and can't be made plain")
+        return messages, prompt, ids
+
+    def _row(
+        self, turns: Sequence[Turn], marks: Sequence[str], hint: str | None, answer: str | None
+    ) -> tuple[list[int], list[int]]:
+        """Ids of the prompt, and of the answer with its end of turn (empty without an answer)."""
+        messages, prompt, ids = self._checked(turns, len(marks), hint)
         expanded = self._ids(self._expanded(prompt, marks)) if marks else ids
         if answer is None:
             return expanded, []
-        return expanded, self._answer_ids(messages, prompt, ids, guard.clean(answer))
+        answer = guard_of(self.processor).clean(answer)
+        return expanded, self._answer_ids(messages, prompt, ids, answer)
 
     def _answer_ids(
         self, messages: list[dict[str, Any]], prompt: str, prompt_ids: list[int], answer: str
@@ -121,9 +130,14 @@ class PromptBuilder:
         return self._ids(tail, add_special_tokens=False)  # the joint text would merge over the seam
 
     def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
-        text: str = self.processor.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        try:
+            text: str = self.processor.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except TemplateError as error:
+            raise InputError(
+                f"{_untaken(message['role'] for message in messages)}: {error}"
+            ) from None
         return text
 
     def _expanded(self, prompt: str, marks: Sequence[str]) -> str:
@@ -140,20 +154,19 @@ class PromptBuilder:
         return ids
 
     def _count_structure(
-        self,
-        guard: Guard,
-        roles: tuple[str, ...],
-        images: int,
-        hint: str | None,
-        system: str | None,
+        self, guard: Guard, roles: tuple[str, ...], images: int, hint: str | None
     ) -> Counter[int]:
         """How often each control token stands in a prompt of plain words.
 
         Raises:
             CheckpointError: if the chat template does not write one mark for each image.
+            InputError: if it leaves out a turn.
         """
-        messages = _messages(roles, ["a"] * len(roles), images, hint, system)
-        found = guard.structure(self._ids(self._render(messages, add_generation_prompt=True)))
+        texts = [f"qz{index}qz" for index in range(len(roles))]
+        prompt = self._render(_messages(roles, texts, images, hint), add_generation_prompt=True)
+        if any(prompt.count(text) != 1 for text in texts):
+            raise InputError(f"{_untaken(roles)}: it leaves out words")
+        found = guard.structure(self._ids(prompt))
         image = self.tokenizer.convert_tokens_to_ids(self.mark)
         if any(found[id_] != images for id_ in (image, *guard.safety_ids)):
             raise CheckpointError(
@@ -184,15 +197,16 @@ class PromptBuilder:
 
 
 def _messages(
-    roles: Sequence[str], texts: Sequence[str], images: int, hint: str | None, system: str | None
+    roles: Sequence[str], texts: Sequence[str], images: int, hint: str | None
 ) -> list[dict[str, Any]]:
     """Chat messages: images before the first user's words, the hint on a line after the last."""
     texts = [*texts[:-1], texts[-1] if hint is None else f"{texts[-1]}\n{hint}"]
     contents = [[{"type": "text", "text": text}] for text in texts]
     contents[roles.index("user")][:0] = [{"type": "image"}] * images
-    messages = [
+    return [
         {"role": role, "content": content} for role, content in zip(roles, contents, strict=True)
     ]
-    if system is not None:
-        messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
-    return messages
+
+
+def _untaken(roles: Iterable[str]) -> str:
+    return f"the model's chat template does not take these turns ({', '.join(roles)})"

@@ -262,7 +262,7 @@ def role_marks(processor: Any, specials: Iterable[str]) -> tuple[str, ...]:
     roles = ("user", "assistant", "user", "assistant")
     user1, assistant1, user2, assistant2, _ = _pieces(processor, roles)
     headers = [_common_suffix(user1, user2), _common_suffix(assistant1, assistant2)]
-    with suppress(TemplateError):  # a template may refuse system turns
+    with suppress(TemplateError, CheckpointError):  # a template may refuse or drop system turns
         headers.append(_pieces(processor, ("system", "user"))[0])
     split = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
     parts = {part.strip() for header in headers for part in split.split(header)}

@@ -256,6 +256,29 @@ class Verdict:
             "images": [image.to_dict() for image in self.images],
         }
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Verdict:
+        """What `to_dict` wrote, without the evidence; numbers are as it rounded them.
+
+        Nothing is checked: `problem` tells whether the verdict can be used.
+
+        Raises:
+            KeyError, TypeError, AttributeError: something is missing, or of another form.
+        """
+        images = (
+            ImageVerdict(dict(one["type_probs"]), dict(one["level_probs"]))
+            for one in data["images"]
+        )
+        return cls(
+            tuple(images),
+            dict(data["concepts"]),
+            data["error"],
+            frozenset(data["overridden"]),
+            data["worst"],
+            dict(data["scores"]),
+            dict(data["bands"]),
+        )
+
 
 def _argmax(probs: Mapping[str, float], what: str) -> str:
     if not _are_finite(probs):

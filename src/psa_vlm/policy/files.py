@@ -40,10 +40,12 @@ class Source:
 
 @dataclass(frozen=True)
 class Document:
-    """A policy as plain data with everything it inherits, and where each part is written."""
+    """A policy as plain data with everything it inherits, where each part is written, and the files
+    that it was read from."""
 
     data: dict[str, Any]
     sources: dict[Key, Source]
+    files: tuple[str, ...]
 
 
 def shipped_names() -> tuple[str, ...]:
@@ -98,9 +100,9 @@ def read_text(
     sources = {key: page.source(key) for key in _leaves(data)}
     parent = data.pop("inherits", None)
     if parent is None:
-        return Document(data, sources)
+        return Document(data, sources, (where,))
     base = _parent(parent, sources[("inherits",)], folder, chain)
-    return Document(merged(base.data, data), {**base.sources, **sources})
+    return Document(merged(base.data, data), {**base.sources, **sources}, (*base.files, where))
 
 
 def commented(text: str, sources: Mapping[Key, Source]) -> str:

@@ -78,6 +78,7 @@ class Policy(BaseModel):
     languages: dict[schema.Tag, schema.Language] = {}
     tenants: dict[str, schema.Overrides] = {}
     _sources: dict[Key, Source] = PrivateAttr(default_factory=dict)
+    _files: tuple[str, ...] = PrivateAttr(default=())
 
     # --- where policies come from ----------------------------------------------------------------
 
@@ -126,7 +127,7 @@ class Policy(BaseModel):
     @classmethod
     def _of(cls, document: files.Document) -> Policy:
         policy = cls.model_validate(document.data)
-        policy._sources = document.sources
+        policy._sources, policy._files = document.sources, document.files
         return policy
 
     @staticmethod
@@ -159,7 +160,7 @@ class Policy(BaseModel):
         changed = schema.merged(base, {**self.tenants[name], "name": f"{self.name}/{name}"})
         shared = {key: at for key, at in self._sources.items() if key[0] != "tenants"}
         own = {key[2:]: at for key, at in self._sources.items() if key[:2] == ("tenants", name)}
-        return self._of(files.Document(changed, {**shared, **own}))
+        return self._of(files.Document(changed, {**shared, **own}, self._files))
 
     @property
     def hash(self) -> str:
@@ -192,6 +193,11 @@ class Policy(BaseModel):
     def source(self, *key: str) -> Source | None:
         """Where something is written, as in `source("rules", "privacy", "high")`, if known."""
         return self._sources.get(key)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The files that it was read from, those of the package by their place in it."""
+        return self._files
 
     def texts(self, language: str | None = None) -> schema.Language:
         """Hints, refusals and words in a language ("de-AT" may be found as "de"), or the own."""

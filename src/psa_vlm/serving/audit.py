@@ -51,6 +51,9 @@ _RECORDS = Table(
 class Entry:
     """What is recorded of one request; JSON-ready. Neither images nor words are among it.
 
+    A request that fails before its decision has a record without one; an answer that breaks off
+    after it has a second record of the same id.
+
     Attributes:
         request: its id, which the reply carries.
         endpoint: chat or moderation.
@@ -58,9 +61,10 @@ class Entry:
         images: SHA-256 of each encoded image.
         scores: risk type -> score; empty without images or after an error.
         verdict: without evidence; None without images.
-        decision: action, rule, type, level and reason.
+        decision: action, rule, type, level and reason; None for a failure.
         policy: name and hash.
         model: name and hash.
+        error: code, HTTP status and reason of a failure.
     """
 
     request: str
@@ -69,9 +73,10 @@ class Entry:
     images: tuple[str, ...]
     scores: Mapping[str, float]
     verdict: Mapping[str, Any] | None
-    decision: Mapping[str, Any]
+    decision: Mapping[str, Any] | None
     policy: Mapping[str, str]
     model: Mapping[str, str]
+    error: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -30,10 +30,15 @@ class Picture:
     frames: tuple[Image, ...]
 
 
-def open_urls(urls: Sequence[str], limits: Limits) -> tuple[Picture, ...]:
+def open_urls(
+    urls: Sequence[str], limits: Limits, fetched: Mapping[str, bytes] | None = None
+) -> tuple[Picture, ...]:
     """Open the images of a request; the limits on pictures and pixels count over all of them.
 
-    Nothing is fetched: an image is part of the request, as a data URL.
+    Args:
+        urls: data URLs, and those of `fetched`.
+        limits: of a request.
+        fetched: what was found at remote URLs; nothing is fetched here.
 
     Raises:
         RequestError: an image can't be opened, or is more than the limits allow. Either all images
@@ -46,7 +51,9 @@ def open_urls(urls: Sequence[str], limits: Limits) -> tuple[Picture, ...]:
     for index, url in enumerate(urls):
         if frames == limits.images:  # animations before it took them all
             raise _too_many(limits)
-        data = _data(url, f"image {index}", limits.image)
+        data = (fetched or {}).get(url)
+        if data is None:
+            data = _data(url, f"image {index}", limits.image)
         try:
             # Each may use what the ones before it left.
             opened = open_images(data, limits.pixels - pixels, limits.images - frames)

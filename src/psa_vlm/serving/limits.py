@@ -19,7 +19,8 @@ class Limits:
         pixels: of all pictures of a request together (400).
         tokens: of an answer (400).
         waiting: requests that wait for the model (429).
-        seconds: that a request may take in the model, waiting included (504).
+        seconds: that a request may take until its last word (504).
+        fetch_seconds: that its remote images may take together (400).
         batch: requests that the model computes together.
         wait_ms: milliseconds that a request waits for others to join its batch.
 
@@ -34,6 +35,7 @@ class Limits:
     tokens: int = 1024
     waiting: int = 64
     seconds: int = 120
+    fetch_seconds: int = 10
     batch: int = 8
     wait_ms: int = 5
 

@@ -24,6 +24,8 @@ class Metrics:
         requests: by endpoint and HTTP status.
         seconds: until the end of a response, by endpoint.
         decisions: that were recorded, by endpoint and action.
+        failures: requests that ended without a whole reply, by endpoint and error code.
+        reloads: of the policy, by outcome: "ok" or "refused".
     """
 
     media_type = CONTENT_TYPE_LATEST
@@ -38,6 +40,12 @@ class Metrics:
         )
         self.decisions = Counter(
             "psa_decisions", "Decisions on record.", ["endpoint", "action"], registry=own
+        )
+        self.failures = Counter(
+            "psa_failures", "Requests without a whole reply.", ["endpoint", "code"], registry=own
+        )
+        self.reloads = Counter(
+            "psa_policy_reloads", "Times that the policy was read anew.", ["outcome"], registry=own
         )
         waiting = Gauge("psa_waiting", "Requests that wait for the model.", registry=own)
         waiting.set_function(lambda: engine.waiting)

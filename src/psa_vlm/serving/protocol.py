@@ -62,6 +62,13 @@ Parts = list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
 Content = Annotated[Words | Annotated[Parts, Tag("parts")], Discriminator(_form)]
 
 
+class SystemMessage(_Part):
+    """How the model is asked to behave; it opens the conversation."""
+
+    role: Literal["system"]
+    content: Annotated[Words | Annotated[list[TextPart], Tag("parts")], Discriminator(_form)]
+
+
 class UserMessage(_Part):
     """What the user says and shows."""
 
@@ -79,7 +86,13 @@ class AssistantMessage(_Part):
     refusal: Text | None = None
 
 
-Message = Annotated[UserMessage | AssistantMessage, Field(discriminator="role")]
+Message = Annotated[SystemMessage | UserMessage | AssistantMessage, Field(discriminator="role")]
+
+
+class StreamOptions(_Part):
+    """What else a stream tells."""
+
+    include_usage: bool | None = None
 
 
 class ChatRequest(_Part):
@@ -92,6 +105,7 @@ class ChatRequest(_Part):
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     n: Literal[1] | None = None
     stream: bool | None = None
+    stream_options: StreamOptions | None = None
 
 
 class ModerationRequest(_Part):
@@ -101,12 +115,16 @@ class ModerationRequest(_Part):
     input: Content
 
 
-def conversation(messages: Sequence[UserMessage | AssistantMessage]) -> tuple[Turn, ...]:
+def conversation(
+    messages: Sequence[SystemMessage | UserMessage | AssistantMessage],
+) -> tuple[Turn, ...]:
     """The words of a chat, turn by turn.
 
     Raises:
-        RequestError: it does not end with words of the user.
+        RequestError: it does not end with words of the user, or the system speaks later on.
     """
+    if any(one.role == "system" for one in messages[1:]):
+        raise RequestError("a system message must be the first message", "messages")
     if messages[-1].role != "user":
         raise RequestError("the last message must be the user's", "messages")
     turns = tuple(Turn(one.role, _said(one)) for one in messages)
@@ -117,7 +135,7 @@ def conversation(messages: Sequence[UserMessage | AssistantMessage]) -> tuple[Tu
     return turns
 
 
-def _said(message: UserMessage | AssistantMessage) -> str:
+def _said(message: SystemMessage | UserMessage | AssistantMessage) -> str:
     said = words(message.content)
     refusal = message.refusal if isinstance(message, AssistantMessage) else None
     return said or refusal or ""

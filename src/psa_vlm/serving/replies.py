@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from psa_vlm.inference import Reply
+from psa_vlm.errors import RequestError
 from psa_vlm.model.verdict import Verdict
 from psa_vlm.policy.policy import Decision, Policy
+from psa_vlm.serving.engine import End, Usage
 from psa_vlm.serving.images import Picture
+from psa_vlm.serving.protocol import error_body
 from psa_vlm.taxonomy import Taxonomy
 
-REFUSED = "content_filter"
-"""The finish reason of a refusal."""
+Psa = Mapping[str, Any]
+"""The `psa` object of a reply."""
 NOT_ASSESSED = "the image could not be assessed"
 
 
@@ -48,7 +50,7 @@ def psa(
     pictures: Sequence[Picture],
     policy: Policy,
     timings: Mapping[str, float],
-) -> dict[str, Any]:
+) -> Psa:
     """What was seen in each image, what was decided, by which rule of which policy, how fast.
 
     Why a verdict failed is for the audit log alone: it can tell of the machine's insides.
@@ -71,34 +73,64 @@ def psa(
     }
 
 
-def completion(request: str, model: str, reply: Reply, psa: Mapping[str, Any]) -> dict[str, Any]:
+def completion(
+    request: str, model: str, decision: Decision, text: str, end: End, psa: Psa
+) -> dict[str, Any]:
     """A whole chat completion."""
-    refused = reply.decision.action == "refuse"
+    refused = decision.action == "refuse"
     message = {
         "role": "assistant",
-        "content": None if refused else reply.text,
-        "refusal": reply.text if refused else None,
+        "content": None if refused else text,
+        "refusal": text if refused else None,
     }
-    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": _finish(reply)}
-    return {**_head(request, "chat.completion", model), "choices": [choice], "psa": psa}
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": end.finish}
+    head = _head(request, "chat.completion", model)
+    return {**head, "choices": [choice], "usage": _usage(end.usage), "psa": psa}
 
 
-def chunks(request: str, model: str, reply: Reply, psa: Mapping[str, Any]) -> Iterator[str]:
-    """The same as server-sent events; the first carries the decision, before any word."""
-    said = "refusal" if reply.decision.action == "refuse" else "content"
-    head = _head(request, "chat.completion.chunk", model)
-    for delta, finish, more in (
-        ({"role": "assistant"}, None, {"psa": psa}),
-        ({said: reply.text}, None, {}),
-        ({}, _finish(reply), {}),
-    ):
+class Chunks:
+    """The same as server-sent events; the first carries the decision, before any word.
+
+    Args:
+        request: its id.
+        model: what the service calls it.
+        decision: that was taken.
+        usage: whether one more chunk tells the tokens.
+    """
+
+    def __init__(self, request: str, model: str, decision: Decision, usage: bool) -> None:
+        self._head = _head(request, "chat.completion.chunk", model)
+        self._said = "refusal" if decision.action == "refuse" else "content"
+        self._usage = usage
+        if usage:
+            self._head["usage"] = None
+
+    def decision(self, psa: Psa) -> str:
+        """The first event."""
+        return self._event({"role": "assistant"}, None, psa=psa)
+
+    def words(self, piece: str) -> str:
+        """The next piece of the text."""
+        return self._event({self._said: piece}, None)
+
+    def end(self, end: End) -> str:
+        """The last events of a whole stream."""
+        last = self._event({}, end.finish)
+        if self._usage:
+            last += _event({**self._head, "choices": [], "usage": _usage(end.usage)})
+        return f"{last}data: [DONE]\n\n"
+
+    def failure(self, error: RequestError) -> str:
+        """The last event of a stream that breaks off."""
+        return _event(error_body(error))
+
+    def _event(self, delta: Mapping[str, str], finish: str | None, **more: Any) -> str:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
-        yield f"data: {json.dumps({**head, 'choices': [choice], **more})}\n\n"
-    yield "data: [DONE]\n\n"
+        return _event({**self._head, "choices": [choice], **more})
 
 
 def moderation(
-    request: str, model: str, verdict: Verdict, taxonomy: Taxonomy, psa: Mapping[str, Any]
+    request: str, model: str, verdict: Verdict, taxonomy: Taxonomy, psa: Psa
 ) -> dict[str, Any]:
     """A moderation; the risk types are its categories, flagged at a level above safe."""
     flagged = {name: level != taxonomy.safe_level for name, level in verdict.concepts.items()}
@@ -115,5 +147,15 @@ def _head(request: str, kind: str, model: str) -> dict[str, Any]:
     return {"id": request, "object": kind, "created": int(time.time()), "model": model}
 
 
-def _finish(reply: Reply) -> str:
-    return REFUSED if reply.decision.action == "refuse" else "stop"
+def _usage(usage: Usage | None) -> dict[str, int] | None:
+    if usage is None:
+        return None
+    return {
+        "prompt_tokens": usage.prompt,
+        "completion_tokens": usage.completion,
+        "total_tokens": usage.prompt + usage.completion,
+    }
+
+
+def _event(data: Mapping[str, Any]) -> str:
+    return f"data: {json.dumps(data)}\n\n"

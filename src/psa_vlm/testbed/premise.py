@@ -44,6 +44,11 @@ class Prompt:
     hint: str | None = None
     system: str | None = None
 
+    @property
+    def conversation(self) -> tuple[Turn, ...]:
+        system = () if self.system is None else (Turn("system", self.system),)
+        return (*system, Turn("user", self.question))
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -61,7 +66,7 @@ class Finding:
 def ask(backbone: Backbone, prompts: Sequence[Prompt], label: str, batch: int = BATCH) -> list[str]:
     """Replies of a backbone without any defence, with a progress bar.
 
-    All prompts share the first one's system prompt, and have an image or not alike.
+    All prompts have an image or not alike.
     """
     replies: list[str] = []
     for start in track(range(0, len(prompts), batch), label):
@@ -69,10 +74,9 @@ def ask(backbone: Backbone, prompts: Sequence[Prompt], label: str, batch: int = 
         images = [prompt.image for prompt in part if prompt.image is not None]
         features = backbone.encode(images) if images else None
         inputs = backbone.prompts(
-            [(Turn("user", prompt.question),) for prompt in part],
+            [prompt.conversation for prompt in part],
             [int(prompt.image is not None) for prompt in part],
             [prompt.hint for prompt in part],
-            part[0].system,
             features=features,
         )
         replies += backbone.generate(inputs, features, MAX_NEW_TOKENS)
