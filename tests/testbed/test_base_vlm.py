@@ -22,7 +22,7 @@ def test_it_is_small() -> None:
     size = sum(path.stat().st_size for path in base_path().rglob("*") if path.is_file())
     assert size <= 25e6
     files = {path.suffix for path in base_path().iterdir()}
-    assert files <= {".json", ".jinja", ".safetensors"}
+    assert files <= {".json", ".jinja", ".md", ".safetensors"}
 
 
 def test_it_loads_and_answers_with_plain_transformers() -> None:
