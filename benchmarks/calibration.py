@@ -13,22 +13,16 @@ interval. A promise is contradicted ("no") where the whole interval is below the
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import shlex
-import sys
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from common import PACKAGES, RESULTS, commit, processor_name
+from common import RESULTS, write
 from psa_vlm import PsaVlm, Taxonomy
 from psa_vlm.evaluation.calibrate import (
     FIT_SHARE,
@@ -127,23 +121,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = summarise(rates, model.taxonomy, promise)
     show(rows, promise)
     path = options.json or RESULTS / "calibration-testbed.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = {
-        "benchmark": "calibration",
-        "machine": {"name": processor_name(torch.device("cpu")), "system": platform.platform()},
-        "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
-        "commit": commit(),
-        "command": shlex.join(
-            ["python", "benchmarks/calibration.py", *(sys.argv[1:] if argv is None else argv)]
-        ),
+    figures = {
         "scenes": options.scenes,
         "recalibrations": options.recalibrations,
         "promise": vars(promise),
         "rows": rows,
         "seconds": round(time.monotonic() - started, 1),
     }
-    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    Console().print(f"written to {path}")
+    write(path, "calibration", figures, argv)
 
 
 if __name__ == "__main__":

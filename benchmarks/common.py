@@ -263,22 +263,44 @@ def report(
     _print(f"{benchmark}, {options.shape}, {name}", measures, results)
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     path = options.json or RESULTS / f"{benchmark}-{options.shape}-{slug}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    figures = {"facts": dict(facts), "seconds": measures, "ratios": results}
+    write(path, benchmark, {"shape": options.shape, **figures}, device=device)
+
+
+def write(
+    path: Path,
+    benchmark: str,
+    figures: Mapping[str, Any],
+    argv: Sequence[str] | None = None,
+    packages: Sequence[str] = (),
+    device: torch.device | None = None,
+) -> None:
+    """Write figures as JSON, with all that says where they come from, and tell where they are.
+
+    Args:
+        path: the file.
+        benchmark: its name.
+        figures: what was measured.
+        argv: the command's arguments; None is the process's own.
+        packages: whose versions matter beside `PACKAGES`.
+        device: what it ran on; None is the CPU.
+    """
     data = {
         "benchmark": benchmark,
-        "shape": options.shape,
         "machine": {
-            "name": name,
+            "name": processor_name(device or torch.device("cpu")),
             "system": platform.platform(),
             "threads": torch.get_num_threads(),
         },
-        "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in (*PACKAGES, *packages)},
         "commit": commit(),
-        "command": shlex.join(["python", f"benchmarks/{benchmark}.py", *sys.argv[1:]]),
-        "facts": dict(facts),
-        "seconds": measures,
-        "ratios": results,
+        "command": shlex.join(
+            ["python", f"benchmarks/{benchmark}.py", *(sys.argv[1:] if argv is None else argv)]
+        ),
+        **figures,
     }
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
     Console().print(f"written to {path}")
 

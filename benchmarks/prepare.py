@@ -12,24 +12,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import shlex
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from common import PACKAGES, RESULTS, commit, processor_name
+from common import RESULTS, write
 
 WORK = """
 import json, re, sys, time
@@ -102,23 +98,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     table.add_row("rows a second", f"{options.rows / facts['seconds']:,.0f}")
     Console().print(table)
     path = options.json or RESULTS / "prepare.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = {
-        "benchmark": "prepare",
-        "machine": {"name": processor_name(torch.device("cpu")), "system": platform.platform()},
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in (*PACKAGES, "datasets")},
-        "commit": commit(),
-        "command": shlex.join(
-            ["python", "benchmarks/prepare.py", *(sys.argv[1:] if argv is None else argv)]
-        ),
+    figures = {
         "rows": options.rows,
         "images": options.images,
         **facts,
         "total_seconds": round(time.monotonic() - started, 1),
     }
-    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    Console().print(f"written to {path}")
+    write(path, "prepare", figures, argv, packages=["datasets"])
 
 
 if __name__ == "__main__":

@@ -17,11 +17,8 @@ import asyncio
 import base64
 import contextlib
 import io
-import json
-import platform
 import random
 import re
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -29,17 +26,15 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from statistics import quantiles
 from typing import Any
 
 import httpx2
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from common import PACKAGES, RESULTS, commit, processor_name
+from common import RESULTS, write
 from psa_vlm.serving.server import open_audit
 from psa_vlm.testbed.cases import evaluation_samples
 
@@ -188,22 +183,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         table.add_row(fact, *(str(facts.get(fact, "")) for facts in parts.values()))
     Console().print(table)
     path = options.json or RESULTS / "serving.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = {
-        "benchmark": "serving",
-        "machine": {"name": processor_name(torch.device("cpu")), "system": platform.platform()},
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in (*PACKAGES, "fastapi", "uvicorn", "sqlalchemy")},
-        "commit": commit(),
-        "command": shlex.join(
-            ["python", "benchmarks/serving.py", *(sys.argv[1:] if argv is None else argv)]
-        ),
+    figures = {
         "clients": options.clients,
         "seconds": options.seconds,
         **parts,
     }
-    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    Console().print(f"written to {path}")
+    write(path, "serving", figures, argv, packages=["fastapi", "uvicorn", "sqlalchemy"])
 
 
 if __name__ == "__main__":
