@@ -245,3 +245,21 @@ def make_calibration() -> Any:
         return Calibration.model_validate(data | changes)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def aligned_run(
+    run_dir: Path,
+    random_lora: Callable[[Any], Any],
+    make_calibration: Any,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """The tiny run with a LoRA and a calibration; nothing may write into it."""
+    from psa_vlm.inference import PsaVlm
+
+    model = PsaVlm.from_pretrained(run_dir)
+    model.adapter = random_lora(model.backbone)
+    model.calibration = make_calibration(model.bottleneck)
+    folder = tmp_path_factory.mktemp("aligned") / "run"
+    model.save_pretrained(folder)
+    return folder

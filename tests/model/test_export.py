@@ -27,19 +27,8 @@ from psa_vlm.model.tokens import add_safety_tokens
 
 
 @pytest.fixture(scope="module")
-def run(
-    run_dir: Path,
-    random_lora: Callable[[Any], Any],
-    make_calibration: Any,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Path:
-    """The tiny run with a LoRA and a calibration."""
-    model = PsaVlm.from_pretrained(run_dir)
-    model.adapter = random_lora(model.backbone)
-    model.calibration = make_calibration(model.bottleneck)
-    folder = tmp_path_factory.mktemp("export") / "run"
-    model.save_pretrained(folder)
-    return folder
+def run(aligned_run: Path) -> Path:
+    return aligned_run
 
 
 def exported(run: Path, out: Path, **changes: Any) -> Path:

@@ -6,7 +6,7 @@ import base64
 import json
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,18 +23,9 @@ from psa_vlm.sharing.export import export_run, push
 
 
 @pytest.fixture(scope="module")
-def run(
-    run_dir: Path,
-    random_lora: Callable[[Any], Any],
-    make_calibration: Any,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Path:
-    """The tiny run with a LoRA, a calibration and records."""
-    model = PsaVlm.from_pretrained(run_dir)
-    model.adapter = random_lora(model.backbone)
-    model.calibration = make_calibration(model.bottleneck)
-    folder = tmp_path_factory.mktemp("export") / "run"
-    model.save_pretrained(folder)
+def run(aligned_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of a LoRA and a calibration, with records."""
+    folder = Path(shutil.copytree(aligned_run, tmp_path_factory.mktemp("export") / "run"))
     Seen.of([Sample("s", (), (Turn("user", "Hi"),))]).save(folder)
     for name in ("training.json", "README.md", "calibration.html", "notes.json"):
         (folder / name).write_text(name)
