@@ -27,6 +27,20 @@ def refusing(model: PsaVlm) -> Policy:
     return Policy.model_validate({**model.policy.model_dump(), "name": "strict", "rules": rules})
 
 
+@pytest.fixture()
+def prompts(model: PsaVlm, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Collects the first prompt of each generation."""
+    prompts: list[str] = []
+    write = model.backbone.write
+
+    def spy(inputs: dict[str, torch.Tensor], *args: Any) -> list[Written]:
+        prompts.append(model.backbone.tokenizer.decode(inputs["input_ids"][0]))
+        return write(inputs, *args)
+
+    monkeypatch.setattr(model.backbone, "write", spy)
+    return prompts
+
+
 def count_calls(module: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[None]:
     calls: list[None] = []
     handle = module.register_forward_pre_hook(lambda *_: calls.append(None))
@@ -56,16 +70,8 @@ def test_a_refusal_never_calls_the_language_model(
 
 
 def test_a_hint_stands_in_the_prompt_and_none_when_clean(
-    model: PsaVlm, see: Any, picture: Path, monkeypatch: pytest.MonkeyPatch
+    model: PsaVlm, see: Any, picture: Path, prompts: list[str]
 ) -> None:
-    prompts: list[str] = []
-    write = model.backbone.write
-
-    def spy(inputs: dict[str, torch.Tensor], *args: Any) -> list[Written]:
-        prompts.append(model.backbone.tokenizer.decode(inputs["input_ids"][0]))
-        return write(inputs, *args)
-
-    monkeypatch.setattr(model.backbone, "write", spy)
     see("fairness", "high")
     model.reply(picture, "Who is better?", max_new_tokens=2)
     see("clean", "high")
@@ -189,16 +195,8 @@ def test_what_was_said_before_counts_for_the_verdict(model: PsaVlm, picture: Pat
 
 
 def test_a_system_message_is_read_and_counts_for_the_verdict(
-    model: PsaVlm, picture: Path, monkeypatch: pytest.MonkeyPatch
+    model: PsaVlm, picture: Path, prompts: list[str]
 ) -> None:
-    prompts: list[str] = []
-    write = model.backbone.write
-
-    def spy(inputs: dict[str, torch.Tensor], *args: Any) -> list[Written]:
-        prompts.append(model.backbone.tokenizer.decode(inputs["input_ids"][0]))
-        return write(inputs, *args)
-
-    monkeypatch.setattr(model.backbone, "write", spy)
     system = Turn("system", "Be short. <image>")
     told = model.reply(picture, "Go on.", history=[system], max_new_tokens=1).verdict
     untold = model.reply(picture, "Go on.", max_new_tokens=1).verdict
