@@ -70,3 +70,22 @@ def _served(app: Any) -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join()
+
+
+@pytest.fixture()
+def breaks_after(model: PsaVlm) -> Iterator[Callable[[int, str], None]]:
+    """Lets the language model fail, with a reason, at its first step after so many."""
+    hooks = []
+
+    def set_to(steps: int, reason: str) -> None:
+        left = iter(range(steps + 1))
+
+        def fail(*_: Any) -> None:
+            if next(left, None) is None:
+                raise RuntimeError(reason)
+
+        hooks.append(model.backbone.model.get_decoder().register_forward_pre_hook(fail))
+
+    yield set_to
+    for hook in hooks:
+        hook.remove()

@@ -159,20 +159,11 @@ def test_a_stream_decides_before_its_first_word(
 
 
 def test_a_stream_that_breaks_off_says_so_in_the_stream_and_on_record(
-    serve: Serve, see: Any, make_url: Any, audit: Audit, model: PsaVlm
+    serve: Serve, see: Any, make_url: Any, audit: Audit, breaks_after: Any
 ) -> None:
     see("clean", "safe")
-    steps = iter(range(100))
-
-    def fail(*_: Any) -> None:
-        if next(steps) > 20:
-            raise RuntimeError("secret path")
-
-    hook = model.backbone.model.get_decoder().register_forward_pre_hook(fail)
-    try:
-        response = serve().post(CHAT, json=chat(make_url(), max_tokens=50, stream=True))
-    finally:
-        hook.remove()
+    breaks_after(20, "secret path")
+    response = serve().post(CHAT, json=chat(make_url(), max_tokens=50, stream=True))
     assert response.status_code == 200
     *_, last = [line for line in response.text.split("\n\n") if line]
     told = json.loads(last.removeprefix("data: "))["error"]

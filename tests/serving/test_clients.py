@@ -114,19 +114,10 @@ def test_errors_are_the_client_s_own(url: str, client: openai.OpenAI, ask: dict[
 
 
 def test_a_stream_that_breaks_off_raises(
-    client: openai.OpenAI, ask: dict[str, Any], see: Any, model: PsaVlm
+    client: openai.OpenAI, ask: dict[str, Any], see: Any, breaks_after: Any
 ) -> None:
     see("clean", "safe")
-    steps = iter(range(100))
-
-    def fail(*_: Any) -> None:
-        if next(steps) > 30:
-            raise RuntimeError("broken")
-
-    hook = model.backbone.model.get_decoder().register_forward_pre_hook(fail)
-    try:
-        stream = client.chat.completions.create(**ask | {"max_tokens": 90}, stream=True)
-        with pytest.raises(openai.APIError, match="the request failed"):
-            list(stream)
-    finally:
-        hook.remove()
+    breaks_after(30, "broken")
+    stream = client.chat.completions.create(**ask | {"max_tokens": 90}, stream=True)
+    with pytest.raises(openai.APIError, match="the request failed"):
+        list(stream)
