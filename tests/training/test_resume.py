@@ -69,7 +69,7 @@ def stage2(out: Path, model: Path, schedules: Any, **fields: Any) -> Stage2Confi
     return Stage2Config(
         model=model,
         out=out,
-        hint_dropout=0.5,
+        misstated_hints=0.5,
         report_to=(),
         **{"lora": schedules["lora"], **fields},
     )

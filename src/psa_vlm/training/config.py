@@ -168,8 +168,9 @@ class Stage2Config(RunConfig):
     policy: Path | None = None
     """YAML file or shipped name: hints are drawn from it, and the run is saved with it; null is
     stage I's."""
-    hint_dropout: float = Field(default=0.0, ge=0, le=1)
-    """Share of samples whose hint is withheld, so that the image alone must do."""
+    misstated_hints: float = Field(default=0.0, ge=0, le=1)
+    """Share of verdicts whose hint is that of another level below the highest, or is left out, so
+    that the language model weighs the image and the request itself."""
     assess_batch: int = Field(default=16, ge=1)
     """Samples whose verdicts are computed at a time."""
     lora: LoraConfig = LoraConfig()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from random import Random
 
 from psa_vlm.data.sample import Sample
 from psa_vlm.inference import PsaVlm
@@ -46,17 +45,17 @@ def run_stage2(config: Stage2Config, samples: Sequence[Sample] | None = None) ->
         model.policy.check(model.taxonomy)
     work = run.work("lora")
     with main_first():
-        hints = saved_hints(work.folder / "hints.json", model, samples, config.assess_batch)
-    hints = withhold(hints, config.hint_dropout, config.seed)
+        hints = saved_hints(
+            work.folder / "hints.json",
+            model,
+            samples,
+            config.assess_batch,
+            config.misstated_hints,
+            config.seed,
+        )
     model.adapter, history = train_lora(
         model.backbone, dialogues(samples, hints), config.lora, work
     )
     model.adapter.merge_adapter()
     run.finish(model, {"lora": history})
     return model
-
-
-def withhold(hints: Sequence[str | None], share: float, seed: int) -> list[str | None]:
-    """Take away about this share of the hints, drawn from the seed."""
-    rng = Random(seed)
-    return [None if rng.random() < share else hint for hint in hints]
