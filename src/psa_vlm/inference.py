@@ -16,9 +16,10 @@ from psa_vlm.data.images import Source, open_images
 from psa_vlm.data.sample import Turn
 from psa_vlm.errors import InputError
 from psa_vlm.model import checkpoint, export
-from psa_vlm.model.backbone import Backbone, ImageFeatures
+from psa_vlm.model.backbone import Backbone
 from psa_vlm.model.bottleneck import BottleneckOutput, SafetyBottleneck
 from psa_vlm.model.calibration import FILE, Calibration, Temperatures
+from psa_vlm.model.image_features import ImageFeatures
 from psa_vlm.model.verdict import ImageVerdict, Verdict
 from psa_vlm.model.writing import Listener, Written
 from psa_vlm.policy.policy import Decision, Policy
@@ -290,6 +291,7 @@ class PsaVlm:
         Raises:
             InputError: an image can't be used, the text is empty or too long, or a concept has no
                 such name or level.
+            NoLanguageModel: the backbone is a dual encoder.
         """
         return self.reply_batch(
             [images], [text], policy, concepts, [history], max_new_tokens, language
@@ -307,6 +309,7 @@ class PsaVlm:
         language: str | None = None,
     ) -> list[Reply]:
         """`reply` for many requests: one vision pass, one generation for all that are answered."""
+        self.backbone.check_writes("reply")
         policy = policy or self.policy
         policy.check(self.taxonomy)
         seen = self.see_batch(images, texts, histories)

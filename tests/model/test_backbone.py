@@ -23,7 +23,8 @@ from transformers import (
 
 from psa_vlm.data.sample import Turn
 from psa_vlm.errors import CheckpointError, InputError
-from psa_vlm.model.backbone import Backbone, ImageFeatures
+from psa_vlm.model.backbone import Backbone
+from psa_vlm.model.image_features import ImageFeatures
 from psa_vlm.model.prompts import PromptBuilder
 from psa_vlm.model.tokens import add_safety_tokens
 

@@ -6,9 +6,8 @@ width, L prompt length, H x W grid.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from os import PathLike
@@ -19,7 +18,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from psa_vlm.errors import CheckpointError, InputError
-from psa_vlm.model.families import spec_for
+from psa_vlm.model.families import encoder_for, spec_for
+from psa_vlm.model.image_features import ImageFeatures
+from psa_vlm.model.loading import Attention, Bits, load
 from psa_vlm.model.probe import probe
 from psa_vlm.model.prompts import PromptBuilder
 from psa_vlm.model.tokens import guard_of, safety_token_ids
@@ -29,66 +30,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from psa_vlm.data.sample import Turn
-
-
-@dataclass(frozen=True)
-class ImageFeatures:
-    """B encoded images: all that the bottleneck and the language model need of them."""
-
-    maps: tuple[Tensor, ...]
-    """h_o, vision features before the projector: ``[H, W, Dv]`` of each image."""
-    projected: Any
-    """What ``get_image_features`` returned, image by image; its ``pooler_output`` is h_i."""
-    marks: tuple[str, ...]
-    """What stands for each image in the text of a prompt."""
-    positions: tuple[int, ...]
-    """How many of a prompt's positions each image fills."""
-    prompt_inputs: Mapping[str, Tensor] = field(default_factory=dict)
-    """What else the language model wants to know of the images, a row for each."""
-    joined: bool = False
-    """Whether the language model wants h_i as one tensor rather than one for each image."""
-
-    def __len__(self) -> int:
-        return len(self.maps)
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of the N positions of h_o, where all images have the same."""
-        (grid,) = {(features.shape[0], features.shape[1]) for features in self.maps}
-        return grid
-
-    @property
-    def h_o(self) -> Tensor:
-        """h_o ``[B, N, Dv]``, row by row, where all images have the same grid."""
-        return torch.stack(self.maps).flatten(1, 2)
-
-    def take(self, indices: Sequence[int]) -> ImageFeatures:
-        """The features of some of the images, in the order of ``indices``."""
-        picked = dict(self.projected)
-        h_i = picked.pop("pooler_output")
-        picked = {
-            name: [[one[i] for i in indices] for one in all_] for name, all_ in picked.items()
-        }
-        picked["pooler_output"] = [h_i[i] for i in indices]
-        return ImageFeatures(
-            tuple(self.maps[i] for i in indices),
-            type(self.projected)(**picked),
-            tuple(self.marks[i] for i in indices),
-            tuple(self.positions[i] for i in indices),
-            {name: rows[list(indices)] for name, rows in self.prompt_inputs.items()},
-            self.joined,
-        )
-
-    def mm_encoder_outputs(self) -> dict[str, Any]:
-        """The argument of that name for the model; a copy, because generation may change it."""
-        copy = type(self.projected)(**self.projected)
-        if self.joined:
-            copy["pooler_output"] = torch.cat(copy.pooler_output)
-        return {"image": copy}
-
-    def model_inputs(self) -> dict[str, Any]:
-        """All that the model is called with in place of the pixels."""
-        return {"mm_encoder_outputs": self.mm_encoder_outputs(), **self.prompt_inputs}
 
 
 class Backbone:
@@ -106,13 +47,21 @@ class Backbone:
         CheckpointError: if the family is unknown, or the processor has no chat template.
     """
 
+    writes = True
+    """Whether there is a language model."""
+
     def __init__(self, model: Any, processor: Any, source: str = "") -> None:
         self.source = source
-        self.spec = spec_for(model.config.model_type)
         self.model = model.eval().requires_grad_(False)
         self.probe = probe(model)
         self.processor = processor
         self.tokenizer = processor.tokenizer
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Find the facts of the family, and a chat template."""
+        processor = self.processor
+        self.spec = spec_for(self.model.config.model_type)
         if self.spec.plain_template is not None:  # the checkpoint's is for its processor alone
             processor.chat_template = self.spec.chat_template
         for template in (self.tokenizer.chat_template, self.spec.chat_template):
@@ -127,32 +76,31 @@ class Backbone:
         path: str | PathLike[str],
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        attention: Attention | None = None,
+        bits: Bits | None = None,
     ) -> Backbone:
         """Load a checkpoint folder or hub id; safetensors only, no remote code.
 
         Args:
-            path: folder or hub id.
+            path: folder or hub id; one of a dual encoder gives a
+                :class:`psa_vlm.model.dual_encoder.DualEncoder`.
             dtype: of the weights; None keeps the checkpoint's.
-            device: None means the CPU.
+            device: None means the CPU, and the GPU with `bits`.
+            attention: implementation of the attention; None leaves it to transformers.
+            bits: quantise the language model's layers to 4 or 8 bits by bitsandbytes, and nothing
+                else, so that h_o is the same.
 
         Raises:
             CheckpointError: if it can't be loaded, is no vision-language model, or its family is
                 unknown.
+            ConfigError: `bits` where there is no GPU, or no language model.
+            MissingExtra: `bits` without bitsandbytes.
         """
-        from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+        from psa_vlm.model.dual_encoder import DualEncoder
 
-        try:
-            _check_family(path, AutoConfig.from_pretrained(path).model_type)
-            processor = AutoProcessor.from_pretrained(path)
-            model: Any = AutoModelForImageTextToText.from_pretrained(
-                path, dtype="auto" if dtype is None else dtype, use_safetensors=True
-            )
-        except (OSError, ValueError, ImportError) as error:  # some processors need torchvision
-            reason = str(error).strip().splitlines()[0]
-            raise CheckpointError(
-                f"can't load a vision-language model from {path}: {reason}"
-            ) from error
-        return cls(model.to(device or "cpu"), processor, str(path))
+        model, processor = load(path, dtype, device, attention, bits)
+        kind = cls if encoder_for(model.config.model_type) is None else DualEncoder
+        return kind(model, processor, str(path))
 
     # --- facts -----------------------------------------------------------------------------------
 
@@ -207,6 +155,16 @@ class Backbone:
     def _positions(self, mark: str) -> int:
         """Positions that an image fills, of what stands for it in the text of a prompt."""
         return mark.count(self.tokenizer.convert_ids_to_tokens(self.image_token_id))
+
+    def check_writes(self, what: str) -> None:
+        """See that there is a language model.
+
+        Args:
+            what: needs one, as in "reply".
+
+        Raises:
+            NoLanguageModel: there is none.
+        """
 
     # --- the way of a request --------------------------------------------------------------------
 
@@ -408,20 +366,6 @@ class Backbone:
         new = ids[:, inputs["input_ids"].shape[1] :]  # [B, S]
         read = inputs["attention_mask"].sum(1).tolist()
         return written(new, read, self.tokenizer, ends)
-
-
-def _check_family(path: str | PathLike[str], model_type: str) -> None:
-    try:
-        spec_for(model_type)
-    except CheckpointError as error:
-        from transformers.models.auto import modeling_auto as known
-
-        if model_type in known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
-            raise CheckpointError(f"{path}: {error}") from None
-        raise CheckpointError(
-            f"{path}: a model of type {model_type} does not read images and text; give the folder"
-            " or hub id of a vision-language model"
-        ) from None
 
 
 @contextmanager

@@ -34,7 +34,7 @@ from psa_vlm.errors import CheckpointError, ConfigError
 from psa_vlm.model.backbone import Backbone
 from psa_vlm.model.bottleneck import BottleneckConfig, SafetyBottleneck
 from psa_vlm.model.probe import probe, same_weights
-from psa_vlm.model.tokens import put_rows
+from psa_vlm.model.tokens import get_rows, put_rows
 from psa_vlm.taxonomy import Taxonomy
 
 if TYPE_CHECKING:
@@ -123,20 +123,19 @@ def write(folder: Path, parts: Parts, base: str | None) -> None:
         base: where its base model is; None means that the folder around this one holds it all.
     """
     backbone = parts.backbone
-    ids = list(backbone.safety_token_ids)
     manifest = {
         "format": FORMAT,
         "base": base,
         "base_probe": probe(backbone.model) if base is None else backbone.probe,
         "bottleneck": asdict(parts.bottleneck.config),
-        "safety_tokens": len(ids),
+        "safety_tokens": len(backbone.safety_token_ids),
         "taxonomy": parts.taxonomy.hash,
         "adapter": parts.adapter is not None,
+        "writes": backbone.writes,
     }
     parts.taxonomy.to_yaml(folder / "taxonomy.yaml")
     save_file(_contiguous(parts.bottleneck.state_dict()), folder / "bottleneck.safetensors")
-    rows = backbone.model.get_input_embeddings().weight[ids]
-    save_file(_contiguous({"rows": rows}), folder / "safety_tokens.safetensors")
+    save_file(_contiguous({"rows": get_rows(backbone)}), folder / "safety_tokens.safetensors")
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
 
 

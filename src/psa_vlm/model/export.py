@@ -30,8 +30,10 @@ def export(out: Path, parts: Parts, extra: Callable[[Path], None] = lambda folde
     Raises:
         ConfigError: `out` exists.
         CheckpointError: it can't be written.
+        NoLanguageModel: the backbone is a dual encoder.
     """
     check_free(out)
+    parts.backbone.check_writes("an export")
     if parts.adapter is not None:
         with warnings.catch_warnings():  # where a run was loaded it is merged already
             warnings.filterwarnings("ignore", "All adapters are already merged", UserWarning)

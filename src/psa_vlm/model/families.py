@@ -261,8 +261,38 @@ SPECS: dict[str, BackboneSpec] = {
 """The known families, by name."""
 
 
+@dataclass(frozen=True)
+class EncoderSpec:
+    """What has to be known of a family of dual encoders."""
+
+    model_types: tuple[str, ...]
+    """``model_type`` in the config of its checkpoints."""
+    layer: int | None = None
+    """Layer of the image encoder whose output is h_o; None is the last, with its norm."""
+    padded: bool = False
+    """Whether its text encoder learned on texts padded to one length, without a mask; the last
+    position then sums up the text."""
+    arrange: Arrange = by_pixels
+    """How h_o lies in the images."""
+
+
+ENCODERS: dict[str, EncoderSpec] = {
+    "clip": EncoderSpec(
+        model_types=("clip",),
+        layer=-2,  # the patches of the last are read by nothing, and so were never taught
+    ),
+    "siglip": EncoderSpec(model_types=("siglip",), padded=True),
+}
+"""The known dual encoders, by name."""
+
+
+def encoder_for(model_type: str) -> EncoderSpec | None:
+    """The spec of a dual encoder's ``model_type``; None if it is not of one."""
+    return next((one for one in ENCODERS.values() if model_type in one.model_types), None)
+
+
 def spec_for(model_type: str) -> BackboneSpec:
-    """The spec of a ``model_type``.
+    """The spec of a vision-language model's ``model_type``.
 
     Raises:
         CheckpointError: if no family has it; the message lists the known ones.
@@ -270,7 +300,8 @@ def spec_for(model_type: str) -> BackboneSpec:
     for spec in SPECS.values():
         if model_type in spec.model_types:
             return spec
-    known = ", ".join(sorted(name for spec in SPECS.values() for name in spec.model_types))
+    specs = (*SPECS.values(), *ENCODERS.values())
+    known = ", ".join(sorted(name for spec in specs for name in spec.model_types))
     raise CheckpointError(
         f"model type {model_type!r} is not known (known: {known}): "
         "add a BackboneSpec for it to psa_vlm.model.families.SPECS, see docs/add-a-backbone.md"

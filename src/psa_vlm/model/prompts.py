@@ -89,11 +89,10 @@ class PromptBuilder:
         self, turns: Sequence[Turn], images: int, hint: str | None
     ) -> tuple[list[dict[str, Any]], str, list[int]]:
         """Messages in which no text can pass for structure, their prompt, and its ids."""
-        if not turns or turns[-1].role != "user":
-            raise InputError("the conversation must end with a turn of the user")
+        check_conversation(turns)
         guard = guard_of(self.processor)
         roles, texts = [turn.role for turn in turns], [guard.clean(turn.text) for turn in turns]
-        messages = _messages(roles, texts, images, hint)
+        messages = chat(roles, texts, images, hint)
         prompt = self._render(messages, add_generation_prompt=True)
         ids = self._ids(prompt)
         if self._expected(guard, tuple(roles), images, hint) != guard.structure(ids):
@@ -163,7 +162,7 @@ class PromptBuilder:
             InputError: if it leaves out a turn.
         """
         texts = [f"qz{index}qz" for index in range(len(roles))]
-        prompt = self._render(_messages(roles, texts, images, hint), add_generation_prompt=True)
+        prompt = self._render(chat(roles, texts, images, hint), add_generation_prompt=True)
         if any(prompt.count(text) != 1 for text in texts):
             raise InputError(f"{_untaken(roles)}: it leaves out words")
         found = guard.structure(self._ids(prompt))
@@ -196,7 +195,17 @@ class PromptBuilder:
         return {name: torch.tensor(column) for name, column in columns.items()}
 
 
-def _messages(
+def check_conversation(turns: Sequence[Turn]) -> None:
+    """See that there is something to answer.
+
+    Raises:
+        InputError: if the last turn is not the user's.
+    """
+    if not turns or turns[-1].role != "user":
+        raise InputError("the conversation must end with a turn of the user")
+
+
+def chat(
     roles: Sequence[str], texts: Sequence[str], images: int, hint: str | None
 ) -> list[dict[str, Any]]:
     """Chat messages: images before the first user's words, the hint on a line after the last."""

@@ -55,7 +55,9 @@ def add_safety_tokens(backbone: Backbone, count: int = 64, seed: int = 0) -> tup
     Raises:
         ConfigError: if ``count`` is below 1, or the backbone has another number of them already.
         CheckpointError: if the chat template does not write its image mark literally.
+        NoLanguageModel: the backbone is a dual encoder.
     """
+    backbone.check_writes("a safety token")
     if count < 1:
         raise ConfigError(f"{count} safety tokens asked for: give a number of 1 or more")
     model, processor, tokenizer = backbone.model, backbone.processor, backbone.tokenizer
@@ -92,6 +94,15 @@ def put_rows(backbone: Backbone, rows: torch.Tensor) -> None:
     ids = add_safety_tokens(backbone, len(rows))
     weight = backbone.model.get_input_embeddings().weight
     weight[list(ids)] = rows.to(weight)
+
+
+def get_rows(backbone: Backbone) -> torch.Tensor:
+    """The embeddings of the safety tokens (2) ``[K, D]``; none before they are added."""
+    ids = list(backbone.safety_token_ids)
+    if not ids:
+        return torch.empty(0, backbone.text_width)
+    rows: torch.Tensor = backbone.model.get_input_embeddings().weight[ids]
+    return rows
 
 
 def plain_template(backbone: Backbone) -> str:

@@ -35,11 +35,11 @@ def write_card(folder: Path) -> None:
     run = home(folder)
     known = provenance.load(run)
     base = known["base"]
-    exported = run != folder
+    exported, writes = run != folder, read_manifest(folder).get("writes", True)
     data = ModelCardData(
         library_name="transformers" if exported else "psa-vlm",
         base_model=base["id"],
-        pipeline_tag="image-text-to-text",
+        pipeline_tag="image-text-to-text" if writes else None,
         tags=TAGS,
         **{key: base[key] for key in provenance.TERMS},
     )
@@ -62,6 +62,7 @@ def _values(folder: Path, known: Mapping[str, Any]) -> dict[str, Any]:
     parts = {1: "concepts and safety tokens (stage I)", 2: "LoRA on the language model (stage II)"}
     return {
         "exported": run != folder,
+        "writes": manifest.get("writes", True),
         "base": base["id"] or (base["folder"] and _cell(f"{base['folder']} (a local folder)")),
         "licence": _cell(base["license_name"] or base["license"]),
         "types": ", ".join(words.types),

@@ -31,12 +31,14 @@ def run_stage2(config: Stage2Config, samples: Sequence[Sample] | None = None) ->
         ConfigError: a path of the configuration is wrong, or `out` holds another run.
         DataError: samples can't be used.
         CheckpointError: the run of stage I can't be read, or a checkpoint can't be written.
+        NoLanguageModel: the run is on a dual encoder.
     """
     dtype = backbone_dtype(config)
     if samples is None:
         samples = read_samples(config, Taxonomy.from_yaml(home(config.model) / "taxonomy.yaml"))
     dialogues(samples)  # what is missing shows before anything is loaded
     model = PsaVlm.from_pretrained(config.model, dtype=dtype, device=device())
+    model.backbone.check_writes("stage II")
     run = Run(2, config, samples, [model.backbone.model, model.bottleneck], config.model)
     if run.finished:
         run.clean()
