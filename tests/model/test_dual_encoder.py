@@ -182,7 +182,7 @@ def test_stage1_learns_concepts_alone_and_the_run_comes_back(
     answered = [
         replace(s, conversation=(*s.conversation, Turn("assistant", "So."))) for s in samples
     ]
-    with pytest.raises(NoLanguageModel, match="^stage II needs a language model"):
+    with pytest.raises(NoLanguageModel, match=r"^stage II needs a language model"):
         run_stage2(second, answered)
     assert not list(tmp_path.glob("second*"))
 
@@ -230,8 +230,6 @@ def test_what_needs_a_language_model_says_so(guard_run: Path, tmp_path: Path) ->
     assert not list(tmp_path.iterdir())
 
 
-def test_there_is_nothing_to_quantise(
-    make_dual_encoder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(ConfigError, match="bits is 4: .* has no language model; leave bits out"):
+def test_there_is_nothing_to_quantise(make_dual_encoder: Callable[[str], Path]) -> None:
+    with pytest.raises(ConfigError, match=r"bits is 4: .* has no language model; leave bits out"):
         Backbone.from_pretrained(make_dual_encoder("CLIP"), bits=4)

@@ -6,7 +6,7 @@ width, L prompt length, H x W grid.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import islice
@@ -16,14 +16,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from psa_vlm.errors import CheckpointError, InputError
-from psa_vlm.model.families import encoder_for, spec_for
+from psa_vlm.model.families import InstructedSpec, encoder_for, spec_for
 from psa_vlm.model.image_features import ImageFeatures
 from psa_vlm.model.loading import Attention, Bits, load
 from psa_vlm.model.probe import probe
 from psa_vlm.model.prompts import PromptBuilder
-from psa_vlm.model.tokens import guard_of, safety_token_ids
+from psa_vlm.model.tokens import guard_of, image_mark, safety_token_ids
 from psa_vlm.model.writing import Listener, Written, heard, written
 
 if TYPE_CHECKING:
@@ -60,8 +61,13 @@ class Backbone:
 
     def _prepare(self) -> None:
         """Find the facts of the family, and a chat template."""
-        processor = self.processor
-        self.spec = spec_for(self.model.config.model_type)
+        processor, config = self.processor, self.model.config
+        self.spec = spec_for(config.model_type)
+        if config.get_text_config().is_encoder_decoder:
+            raise CheckpointError(
+                f"{self.source}: its language model is an encoder with a decoder; take a checkpoint"
+                " whose language model is a decoder alone"
+            )
         if self.spec.plain_template is not None:  # the checkpoint's is for its processor alone
             processor.chat_template = self.spec.chat_template
         for template in (self.tokenizer.chat_template, self.spec.chat_template):
@@ -188,16 +194,22 @@ class Backbone:
             image_counts = [1] * len(images)
         inputs, marks = self._processed(images, [count for count in image_counts if count])
         wanted = {name: inputs[name] for name in self.spec.image_inputs if name in inputs}
-        with _inputs_of(self.model.get_submodule(self.spec.projector)) as seen:
-            projected = self.model.get_image_features(**wanted, return_dict=True)
         positions = [self._positions(mark) for mark in marks]
+        if self.spec.projector is None:  # h_i is made when the prompt is known
+            projected = self.model.get_encoder(modality="image")(**wanted)
+            seen = projected.last_hidden_state  # [B, (1+)N, Dv]
+            maps = self.spec.arrange(seen, inputs, positions, self.model.config)
+            kept = BaseModelOutputWithPooling(pooler_output=list(seen))
+            return ImageFeatures(tuple(maps), kept, tuple(marks), tuple(positions))
+        with _inputs_of(self.model.get_submodule(self.spec.projector)) as collected:
+            projected = self.model.get_image_features(**wanted, return_dict=True)
         h_i = projected.pooler_output
         joined = isinstance(h_i, Tensor)  # [crops, N, D]
         if joined:
             h_i = h_i.split([count // h_i.shape[1] for count in positions])
         layers = {name: projected[name] for name in self.spec.layered}
         return ImageFeatures(
-            tuple(self.spec.arrange(seen[0], inputs, positions, self.model.config)),
+            tuple(self.spec.arrange(collected[0], inputs, positions, self.model.config)),
             type(projected)(pooler_output=list(h_i), **layers),  # drop the hidden states
             tuple(marks),
             tuple(positions),
@@ -209,15 +221,21 @@ class Backbone:
         self, images: Sequence[Image], image_counts: Sequence[int]
     ) -> tuple[dict[str, Any], list[str]]:
         """What the processor makes of images, and what stands for each in the text of a prompt."""
-        rest = iter(images)
-        inputs = self.processor(
-            images=[list(islice(rest, count)) for count in image_counts],
-            text=[self.processor.image_token * count for count in image_counts],
-            images_kwargs={"return_tensors": "pt"},
-            text_kwargs={"return_tensors": None, "verbose": False},
-            return_text_replacement_offsets=True,
-        )
-        marks = [one["replacement"] for row in inputs["text_replacement_offsets"] for one in row]
+        mark = image_mark(self.processor)
+        if (instructed := self.spec.instructed) is not None:
+            inputs = self.processor.image_processor(list(images), return_tensors="pt")
+            marks = [mark * getattr(self.model.config, instructed.positions)] * len(images)
+        else:
+            rest = iter(images)
+            inputs = self.processor(
+                images=[list(islice(rest, count)) for count in image_counts],
+                text=[mark * count for count in image_counts],
+                images_kwargs={"return_tensors": "pt"},
+                text_kwargs={"return_tensors": None, "verbose": False},
+                return_text_replacement_offsets=True,
+            )
+            offsets = inputs["text_replacement_offsets"]
+            marks = [one["replacement"] for row in offsets for one in row]
         tensors = {name: v.to(self.device) for name, v in inputs.items() if isinstance(v, Tensor)}
         tensors["pixel_values"] = tensors["pixel_values"].to(self.dtype)
         return tensors, marks
@@ -281,7 +299,8 @@ class Backbone:
             ``input_ids`` and ``attention_mask`` ``[B, L]``, padded on the left and ready to
             generate; with answers padded on the right, and with ``labels`` ``[B, L]`` that are
             -100 outside the answer and its end of turn. Some
-            families also want token types ``[B, L]``.
+            families also want token types ``[B, L]``, or the question by itself (`question_ids`,
+            `question_mask` ``[B, T]``).
 
         Raises:
             InputError: if a conversation does not end with the user, has turns that the chat
@@ -293,6 +312,8 @@ class Backbone:
         inputs = self._builder.inputs(conversations, image_counts, hints, answers, marks)
         for name, types in self.spec.token_types.items():
             inputs[name] = types(inputs["input_ids"], inputs.get("labels"), self.image_token_id)
+        if (instructed := self.spec.instructed) is not None:
+            inputs |= self._questions(instructed, self._builder.questions(conversations, hints))
         device = self.device
         return {name: tensor.to(device) for name, tensor in inputs.items()}
 
@@ -310,6 +331,60 @@ class Backbone:
             InputError, CheckpointError: as `prompts`.
         """
         return self._builder.messages(conversation, images, hint)
+
+    def _questions(self, facts: InstructedSpec, questions: list[str]) -> dict[str, Tensor]:
+        tokenizer = getattr(self.processor, facts.question_tokenizer)
+        longest = getattr(self.model.config, facts.question_config).max_position_embeddings
+        read = tokenizer(  # a longer one is cut: the language model and the verdict have all of it
+            questions,
+            padding=True,
+            padding_side="right",
+            truncation=True,
+            max_length=longest,
+            split_special_tokens=True,
+            return_tensors="pt",
+        )
+        return {"question_ids": read["input_ids"], "question_mask": read["attention_mask"]}
+
+    @property
+    def language(self) -> Any:
+        """What is called with :meth:`arguments`: the model, or its language model alone."""
+        facts = self.spec.instructed
+        return self.model if facts is None else self.model.get_submodule(facts.language_model)
+
+    def arguments(
+        self, inputs: Mapping[str, Tensor], features: ImageFeatures | None = None
+    ) -> dict[str, Any]:
+        """Prompts with their encoded images in place of the pixels, for :attr:`language`.
+
+        Args:
+            inputs: from :meth:`prompts`.
+            features: the images of all prompts in order; None if there are none.
+
+        Raises:
+            InputError: if the prompts do not speak of exactly these images.
+        """
+        here = inputs["input_ids"] == self.image_token_id  # [B, L]
+        held = int(here.sum())
+        if held != (0 if features is None else sum(features.positions)):
+            images = 0 if features is None else len(features)
+            raise InputError(
+                f"the prompts hold {held / self.image_tokens:g} images but {images} are given"
+            )
+        if (facts := self.spec.instructed) is None:
+            encoded = {"mm_encoder_outputs": {}} if features is None else features.model_inputs()
+            return {**inputs, **encoded}
+        rest = dict(inputs)
+        ids, mask = rest.pop("question_ids"), rest.pop("question_mask")
+        embeds = self.model.get_input_embeddings()(rest.pop("input_ids"))  # [B, L, D]
+        if features is not None:
+            counts = here.sum(1) // features.positions[0]
+            asked = torch.arange(len(ids), device=ids.device).repeat_interleave(counts)
+            seen = torch.stack(features.projected.pooler_output)  # [C, (1+)N, Dv]
+            with torch.no_grad():
+                h_i = facts.project(self.model, seen, ids[asked], mask[asked])  # [C, Q, D]
+            embeds = embeds.masked_scatter(here[..., None], h_i.to(embeds))
+        return {**rest, "inputs_embeds": embeds}
 
     def generate(
         self,
@@ -339,14 +414,8 @@ class Backbone:
         Raises:
             InputError: if the prompts do not speak of exactly these images.
         """
-        held = int((inputs["input_ids"] == self.image_token_id).sum())
-        if held != (0 if features is None else sum(features.positions)):
-            images = 0 if features is None else len(features)
-            raise InputError(
-                f"the prompts hold {held / self.image_tokens:g} images but {images} are given"
-            )
-        encoded = {"mm_encoder_outputs": {}} if features is None else features.model_inputs()
-        config = self.model.generation_config
+        arguments = self.arguments(inputs, features)
+        config = self.language.generation_config
         suppressed = {
             *(config.suppress_tokens or ()),
             *guard_of(self.processor).safety_ids,
@@ -354,16 +423,16 @@ class Backbone:
         }
         ends = config.eos_token_id
         ends = frozenset(ends if isinstance(ends, list) else () if ends is None else (ends,))
-        ids = self.model.generate(
-            **inputs,
-            **encoded,
+        ids = self.language.generate(
+            **arguments,
             **({} if listener is None else heard(listener, self.tokenizer, ends)),
             max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,
             suppress_tokens=sorted(suppressed),
         )
-        new = ids[:, inputs["input_ids"].shape[1] :]  # [B, S]
+        read_too = "input_ids" in arguments  # then the prompts stand before the answers
+        new = ids[:, inputs["input_ids"].shape[1] :] if read_too else ids  # [B, S]
         read = inputs["attention_mask"].sum(1).tolist()
         return written(new, read, self.tokenizer, ends)
 

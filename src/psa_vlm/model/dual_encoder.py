@@ -17,7 +17,7 @@ from psa_vlm.errors import InputError, NoLanguageModel
 from psa_vlm.model.backbone import Backbone
 from psa_vlm.model.families import encoder_for
 from psa_vlm.model.image_features import ImageFeatures
-from psa_vlm.model.prompts import check_conversation, chat
+from psa_vlm.model.prompts import chat, check_conversation
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -20,7 +20,8 @@ class ImageFeatures:
     maps: tuple[Tensor, ...]
     """h_o, vision features before the projector: ``[H, W, Dv]`` of each image."""
     projected: Any
-    """What ``get_image_features`` returned, image by image; its ``pooler_output`` is h_i."""
+    """What ``get_image_features`` returned, image by image; its ``pooler_output`` is h_i or, where
+    h_i waits for the question, what the vision encoder gave."""
     marks: tuple[str, ...]
     """What stands for each image in the text of a prompt."""
     positions: tuple[int, ...]

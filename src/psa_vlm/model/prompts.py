@@ -13,7 +13,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 from psa_vlm.errors import CheckpointError, InputError
-from psa_vlm.model.tokens import guard_of
+from psa_vlm.model.tokens import guard_of, image_mark
 
 if TYPE_CHECKING:
     from psa_vlm.data.sample import Turn
@@ -38,7 +38,7 @@ class PromptBuilder:
     def __init__(self, processor: Any, image: str | int, max_tokens: int) -> None:
         self.processor = processor
         self.tokenizer = processor.tokenizer
-        self.mark: str = processor.image_token
+        self.mark = image_mark(processor)
         self.image = self.mark * image if isinstance(image, int) else image
         self.max_tokens = max_tokens
         self._expected = lru_cache(REMEMBERED)(self._count_structure)
@@ -84,6 +84,14 @@ class PromptBuilder:
     ) -> list[dict[str, Any]]:
         """Chat messages of plain words: :meth:`psa_vlm.model.backbone.Backbone.messages`."""
         return self._checked(turns, images, hint)[0]
+
+    def questions(
+        self, conversations: Sequence[Sequence[Turn]], hints: Sequence[str | None] | None
+    ) -> list[str]:
+        """The last words of the user with the hint, as the prompts hold them."""
+        guard = guard_of(self.processor)
+        rows = zip(conversations, hints or [None] * len(conversations), strict=True)
+        return [_hinted(guard.clean(turns[-1].text), hint) for turns, hint in rows]
 
     def _checked(
         self, turns: Sequence[Turn], images: int, hint: str | None
@@ -146,7 +154,7 @@ class PromptBuilder:
 
     def _ids(self, text: str, add_special_tokens: bool = True) -> list[int]:
         begin = self.tokenizer.bos_token
-        has_begin = begin is not None and text.startswith(begin)
+        has_begin = begin is not None and begin in text  # some templates put images before it
         ids: list[int] = self.tokenizer(
             text, add_special_tokens=add_special_tokens and not has_begin, verbose=False
         )["input_ids"]
@@ -209,12 +217,16 @@ def chat(
     roles: Sequence[str], texts: Sequence[str], images: int, hint: str | None
 ) -> list[dict[str, Any]]:
     """Chat messages: images before the first user's words, the hint on a line after the last."""
-    texts = [*texts[:-1], texts[-1] if hint is None else f"{texts[-1]}\n{hint}"]
+    texts = [*texts[:-1], _hinted(texts[-1], hint)]
     contents = [[{"type": "text", "text": text}] for text in texts]
     contents[roles.index("user")][:0] = [{"type": "image"}] * images
     return [
         {"role": role, "content": content} for role, content in zip(roles, contents, strict=True)
     ]
+
+
+def _hinted(text: str, hint: str | None) -> str:
+    return text if hint is None else f"{text}\n{hint}"
 
 
 def _untaken(roles: Iterable[str]) -> str:

@@ -24,10 +24,17 @@ BREAKS = ("\u200b", "\u2060", "\u00b7", " ")
 REMEMBERED = 32
 """Texts of which a guard remembers the outcome: verdict and prompt ask for the same one."""
 _INVISIBLE = {"Cc", "Cf", "Mn", "Me", "Zs", "Zl", "Zp"}
+_SEAM = "\0"
+"""Stands for a special token where the text around it is looked at."""
 _SENTINELS = ("qzaqz", "qzbqz", "qzcqz", "qzdqz")
 
 
 # --- the vocabulary entries ----------------------------------------------------------------------
+
+
+def image_mark(processor: Any) -> str:
+    """What stands for an image, or for one of its positions, in the text of a prompt."""
+    return str(processor.image_token)  # some processors hold it as a token of their tokenizer
 
 
 def safety_token_ids(tokenizer: Any) -> tuple[int, ...]:
@@ -116,7 +123,7 @@ def plain_template(backbone: Backbone) -> str:
 
 def _with_tokens(processor: Any, template: str, names: Sequence[str]) -> str:
     """A chat template with these tokens before each image mark, checked on two images."""
-    mark, tokens = processor.image_token, "".join(names)
+    mark, tokens = image_mark(processor), "".join(names)
     if tokens + mark not in template:
         template = template.replace(mark, tokens + mark)
     content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": _SENTINELS[0]}]
@@ -270,13 +277,16 @@ def role_marks(processor: Any, specials: Iterable[str]) -> tuple[str, ...]:
     Read off a rendered conversation of sentinels. A bare word beside a special token ("user" in
     "<|im_start|>user") is no mark: without the token, which can't be forged, it is only a word.
     """
-    roles = ("user", "assistant", "user", "assistant")
-    user1, assistant1, user2, assistant2, _ = _pieces(processor, roles)
+    special = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
+
+    def pieces(*roles: str) -> list[str]:
+        return [special.sub(_SEAM, piece) for piece in _pieces(processor, roles)]
+
+    user1, assistant1, user2, assistant2, _ = pieces("user", "assistant", "user", "assistant")
     headers = [_common_suffix(user1, user2), _common_suffix(assistant1, assistant2)]
     with suppress(TemplateError, CheckpointError):  # a template may refuse or drop system turns
-        headers.append(_pieces(processor, ("system", "user"))[0])
-    split = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
-    parts = {part.strip() for header in headers for part in split.split(header)}
+        headers.append(pieces("system", "user")[0])
+    parts = {part.strip() for header in headers for part in header.split(_SEAM)}
     return tuple(sorted(filter(_looks_like_mark, parts)))
 
 
