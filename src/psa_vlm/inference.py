@@ -20,6 +20,7 @@ from psa_vlm.model.backbone import Backbone
 from psa_vlm.model.bottleneck import BottleneckOutput, SafetyBottleneck
 from psa_vlm.model.calibration import FILE, Calibration, Temperatures
 from psa_vlm.model.image_features import ImageFeatures
+from psa_vlm.model.loading import Attention, Bits
 from psa_vlm.model.verdict import ImageVerdict, Verdict
 from psa_vlm.model.writing import Listener, Written
 from psa_vlm.policy.policy import Decision, Policy
@@ -139,6 +140,8 @@ class PsaVlm:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         calibrated: bool = True,
+        attention: Attention | None = None,
+        bits: Bits | None = None,
     ) -> PsaVlm:
         """Load a run folder, exported or not: see `psa_vlm.model.checkpoint.load` for arguments
         and errors.
@@ -147,7 +150,7 @@ class PsaVlm:
         with `calibrated=False` it is not looked at.
         """
         folder = checkpoint.home(Path(folder))
-        parts = checkpoint.load(folder, base, taxonomy, dtype, device)
+        parts = checkpoint.load(folder, base, taxonomy, dtype, device, attention, bits)
         policy = Policy.from_yaml(folder / "policy.yaml")
         calibration = None
         if calibrated and (folder / FILE).exists():

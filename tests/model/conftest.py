@@ -466,7 +466,9 @@ def instructblip() -> tuple[Any, Any]:
     reader = {"hidden_size": 16, "intermediate_size": 32, "max_position_embeddings": 64}
     config = InstructBlipConfig(
         vision_config=InstructBlipVisionConfig(**VISION).to_dict(),
-        qformer_config=InstructBlipQFormerConfig(vocab_size=len(pieces), **reader, **DEEP).to_dict(),
+        qformer_config=InstructBlipQFormerConfig(
+            vocab_size=len(pieces), **reader, **DEEP
+        ).to_dict(),
         text_config=text_config("LlamaConfig", tokenizer).to_dict(),
         num_query_tokens=6,
         image_token_index=id_of(tokenizer, "<image>"),

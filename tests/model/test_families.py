@@ -33,9 +33,7 @@ from psa_vlm.training.stage2 import run_stage2
 
 SIZES = ((64, 40), (40, 72), (50, 50))
 """Width and height: wide, tall and square."""
-WANTED = {
-    *("input_ids", "attention_mask", "qformer_input_ids", "qformer_attention_mask")
-}.union(
+WANTED = {*("input_ids", "attention_mask", "qformer_input_ids", "qformer_attention_mask")}.union(
     *((*spec.image_inputs, *spec.token_types) for spec in SPECS.values())
 )
 """What of a processor's output goes to a model."""

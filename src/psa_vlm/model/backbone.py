@@ -6,25 +6,23 @@ width, L prompt length, H x W grid.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from itertools import islice
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from psa_vlm.errors import CheckpointError, InputError
-from psa_vlm.model.families import InstructedSpec, encoder_for, spec_for
+from psa_vlm.model import encoding, instructed
+from psa_vlm.model.families import encoder_for, spec_for
 from psa_vlm.model.image_features import ImageFeatures
 from psa_vlm.model.loading import Attention, Bits, load
 from psa_vlm.model.probe import probe
 from psa_vlm.model.prompts import PromptBuilder
-from psa_vlm.model.tokens import guard_of, image_mark, safety_token_ids
+from psa_vlm.model.tokens import guard_of, safety_token_ids
 from psa_vlm.model.writing import Listener, Written, heard, written
 
 if TYPE_CHECKING:
@@ -124,8 +122,14 @@ class Backbone:
 
     @property
     def image_token_id(self) -> int:
-        """Id of the positions that hold an image in the prompt."""
-        return int(self.model.config.image_token_id)
+        """Id of the positions that hold an image in the prompt.
+
+        Raises:
+            CheckpointError: if the checkpoint does not say.
+        """
+        if (id_ := self.model.config.image_token_id) is None:
+            raise CheckpointError(f"{self.source}: config.json has no image_token_index")
+        return int(id_)
 
     @property
     def safety_token_ids(self) -> tuple[int, ...]:
@@ -146,19 +150,19 @@ class Backbone:
     @cached_property
     def vision_width(self) -> int:
         """Dv, width of h_o; found by encoding a blank image once."""
-        return self.encode([_blank()]).maps[0].shape[-1]
+        return self.encode([encoding.blank()]).maps[0].shape[-1]
 
     @cached_property
     def image_tokens(self) -> int:
         """Positions that a small image takes in the prompt; in most families, every image."""
-        return self._positions(self._builder.image)
+        return self.positions(self._builder.image)
 
     @cached_property
     def _builder(self) -> PromptBuilder:
-        _, (mark,) = self._processed([_blank()], [1])
+        _, (mark,) = encoding.processed(self, [encoding.blank()], [1])
         return PromptBuilder(self.processor, mark, self.max_tokens)
 
-    def _positions(self, mark: str) -> int:
+    def positions(self, mark: str) -> int:
         """Positions that an image fills, of what stands for it in the text of a prompt."""
         return mark.count(self.tokenizer.convert_ids_to_tokens(self.image_token_id))
 
@@ -187,58 +191,13 @@ class Backbone:
 
         Raises:
             InputError: if there is no image.
+            CheckpointError: if the processor writes more or fewer positions than the model makes.
         """
         if not images:
             raise InputError("encode needs at least one image")
         if image_counts is None or not self.spec.grouped:
             image_counts = [1] * len(images)
-        inputs, marks = self._processed(images, [count for count in image_counts if count])
-        wanted = {name: inputs[name] for name in self.spec.image_inputs if name in inputs}
-        positions = [self._positions(mark) for mark in marks]
-        if self.spec.projector is None:  # h_i is made when the prompt is known
-            projected = self.model.get_encoder(modality="image")(**wanted)
-            seen = projected.last_hidden_state  # [B, (1+)N, Dv]
-            maps = self.spec.arrange(seen, inputs, positions, self.model.config)
-            kept = BaseModelOutputWithPooling(pooler_output=list(seen))
-            return ImageFeatures(tuple(maps), kept, tuple(marks), tuple(positions))
-        with _inputs_of(self.model.get_submodule(self.spec.projector)) as collected:
-            projected = self.model.get_image_features(**wanted, return_dict=True)
-        h_i = projected.pooler_output
-        joined = isinstance(h_i, Tensor)  # [crops, N, D]
-        if joined:
-            h_i = h_i.split([count // h_i.shape[1] for count in positions])
-        layers = {name: projected[name] for name in self.spec.layered}
-        return ImageFeatures(
-            tuple(self.spec.arrange(collected[0], inputs, positions, self.model.config)),
-            type(projected)(pooler_output=list(h_i), **layers),  # drop the hidden states
-            tuple(marks),
-            tuple(positions),
-            {name: inputs[name] for name in self.spec.prompt_inputs},
-            joined,
-        )
-
-    def _processed(
-        self, images: Sequence[Image], image_counts: Sequence[int]
-    ) -> tuple[dict[str, Any], list[str]]:
-        """What the processor makes of images, and what stands for each in the text of a prompt."""
-        mark = image_mark(self.processor)
-        if (instructed := self.spec.instructed) is not None:
-            inputs = self.processor.image_processor(list(images), return_tensors="pt")
-            marks = [mark * getattr(self.model.config, instructed.positions)] * len(images)
-        else:
-            rest = iter(images)
-            inputs = self.processor(
-                images=[list(islice(rest, count)) for count in image_counts],
-                text=[mark * count for count in image_counts],
-                images_kwargs={"return_tensors": "pt"},
-                text_kwargs={"return_tensors": None, "verbose": False},
-                return_text_replacement_offsets=True,
-            )
-            offsets = inputs["text_replacement_offsets"]
-            marks = [one["replacement"] for row in offsets for one in row]
-        tensors = {name: v.to(self.device) for name, v in inputs.items() if isinstance(v, Tensor)}
-        tensors["pixel_values"] = tensors["pixel_values"].to(self.dtype)
-        return tensors, marks
+        return encoding.encode(self, images, [count for count in image_counts if count])
 
     @torch.no_grad()
     def embed_text(self, texts: Sequence[str], begin: bool = False) -> tuple[Tensor, Tensor]:
@@ -312,8 +271,9 @@ class Backbone:
         inputs = self._builder.inputs(conversations, image_counts, hints, answers, marks)
         for name, types in self.spec.token_types.items():
             inputs[name] = types(inputs["input_ids"], inputs.get("labels"), self.image_token_id)
-        if (instructed := self.spec.instructed) is not None:
-            inputs |= self._questions(instructed, self._builder.questions(conversations, hints))
+        if (facts := self.spec.instructed) is not None:
+            texts = self._builder.questions(conversations, hints)
+            inputs |= instructed.questions(self, facts, texts)
         device = self.device
         return {name: tensor.to(device) for name, tensor in inputs.items()}
 
@@ -331,20 +291,6 @@ class Backbone:
             InputError, CheckpointError: as `prompts`.
         """
         return self._builder.messages(conversation, images, hint)
-
-    def _questions(self, facts: InstructedSpec, questions: list[str]) -> dict[str, Tensor]:
-        tokenizer = getattr(self.processor, facts.question_tokenizer)
-        longest = getattr(self.model.config, facts.question_config).max_position_embeddings
-        read = tokenizer(  # a longer one is cut: the language model and the verdict have all of it
-            questions,
-            padding=True,
-            padding_side="right",
-            truncation=True,
-            max_length=longest,
-            split_special_tokens=True,
-            return_tensors="pt",
-        )
-        return {"question_ids": read["input_ids"], "question_mask": read["attention_mask"]}
 
     @property
     def language(self) -> Any:
@@ -364,8 +310,7 @@ class Backbone:
         Raises:
             InputError: if the prompts do not speak of exactly these images.
         """
-        here = inputs["input_ids"] == self.image_token_id  # [B, L]
-        held = int(here.sum())
+        held = int((inputs["input_ids"] == self.image_token_id).sum())
         if held != (0 if features is None else sum(features.positions)):
             images = 0 if features is None else len(features)
             raise InputError(
@@ -374,17 +319,7 @@ class Backbone:
         if (facts := self.spec.instructed) is None:
             encoded = {"mm_encoder_outputs": {}} if features is None else features.model_inputs()
             return {**inputs, **encoded}
-        rest = dict(inputs)
-        ids, mask = rest.pop("question_ids"), rest.pop("question_mask")
-        embeds = self.model.get_input_embeddings()(rest.pop("input_ids"))  # [B, L, D]
-        if features is not None:
-            counts = here.sum(1) // features.positions[0]
-            asked = torch.arange(len(ids), device=ids.device).repeat_interleave(counts)
-            seen = torch.stack(features.projected.pooler_output)  # [C, (1+)N, Dv]
-            with torch.no_grad():
-                h_i = facts.project(self.model, seen, ids[asked], mask[asked])  # [C, Q, D]
-            embeds = embeds.masked_scatter(here[..., None], h_i.to(embeds))
-        return {**rest, "inputs_embeds": embeds}
+        return instructed.joined(self, facts, inputs, features)
 
     def generate(
         self,
@@ -421,11 +356,13 @@ class Backbone:
             *guard_of(self.processor).safety_ids,
             self.image_token_id,
         }
-        ends = config.eos_token_id
-        ends = frozenset(ends if isinstance(ends, list) else () if ends is None else (ends,))
+        told = config.eos_token_id
+        told = told if isinstance(told, list) else [] if told is None else [told]
+        ends = frozenset([*told, self.tokenizer.eos_token_id])  # as answers end in training
         ids = self.language.generate(
             **arguments,
             **({} if listener is None else heard(listener, self.tokenizer, ends)),
+            eos_token_id=sorted(ends),
             max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,
@@ -435,20 +372,3 @@ class Backbone:
         new = ids[:, inputs["input_ids"].shape[1] :] if read_too else ids  # [B, S]
         read = inputs["attention_mask"].sum(1).tolist()
         return written(new, read, self.tokenizer, ends)
-
-
-@contextmanager
-def _inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect what a module is called with, and leave no hook behind."""
-    seen: list[Tensor] = []
-    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    try:
-        yield seen
-    finally:
-        handle.remove()
-
-
-def _blank() -> Image:
-    from PIL import Image
-
-    return Image.new("RGB", (64, 64))

@@ -15,8 +15,8 @@ from psa_vlm.training.config import Stage1Config
 from psa_vlm.training.fit import History
 from psa_vlm.training.hints import saved_hints
 from psa_vlm.training.language import dialogues, train_tokens
-from psa_vlm.training.processes import device, main_first
-from psa_vlm.training.runs import Run, backbone_dtype, read_samples
+from psa_vlm.training.processes import main_first
+from psa_vlm.training.runs import Run, loading, read_samples
 
 _logger = logging.getLogger(__name__)
 
@@ -39,14 +39,14 @@ def run_stage1(config: Stage1Config, samples: Sequence[Sample] | None = None) ->
     policy.check(taxonomy)
     samples = read_samples(config, taxonomy) if samples is None else samples
     check_labelled(samples)
-    dtype = backbone_dtype(config)
-    backbone = Backbone.from_pretrained(config.backbone, dtype, device())
+    how = loading(config)
+    backbone = Backbone.from_pretrained(config.backbone, **how)
     if backbone.writes:
         dialogues(samples)  # what is missing shows before anything is trained
     run = Run(1, config, samples, [backbone.model])
     if run.finished:
         run.clean()
-        return PsaVlm.from_pretrained(run.out, config.backbone, taxonomy, dtype, device())
+        return PsaVlm.from_pretrained(run.out, config.backbone, taxonomy, **how)
     bottleneck, concepts = train_concepts(
         backbone, taxonomy, samples, config.concepts, run.work("concepts")
     )
