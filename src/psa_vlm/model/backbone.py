@@ -103,7 +103,7 @@ class Backbone:
         from psa_vlm.model.dual_encoder import DualEncoder
 
         model, processor = load(path, dtype, device, attention, bits)
-        kind = cls if encoder_for(model.config.model_type) is None else DualEncoder
+        kind: type[Backbone] = cls if encoder_for(model.config.model_type) is None else DualEncoder
         return kind(model, processor, str(path))
 
     # --- facts -----------------------------------------------------------------------------------
