@@ -150,6 +150,66 @@ def run_dir(llava_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def dual_encoder(kind: str) -> tuple[Any, Any]:
+    """A CLIP or SigLIP of random weights: images 24 wide, texts 32 wide and 16 tokens long."""
+    import torch
+    import transformers
+
+    tokenizer = byte_tokenizer()
+    shape = {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
+    words = {"vocab_size": len(tokenizer), "hidden_size": 32, "max_position_embeddings": 16}
+    words |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    config = getattr(transformers, f"{kind}Config")(
+        text_config={**words, **shape},
+        vision_config={"hidden_size": 24, "image_size": 32, "patch_size": 8, **shape},
+    )
+    sizes = {"size": {"height": 32, "width": 32}}
+    if kind == "CLIP":
+        sizes = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    pixels = getattr(transformers, f"{kind}ImageProcessorPil")(**sizes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = getattr(transformers, f"{kind}Model")(config)
+        for name, parameter in model.named_parameters():  # a picture keeps its place
+            torch.nn.init.normal_(parameter, std=0.05 if "vision" in name else 0.3)
+    return model, getattr(transformers, f"{kind}Processor")(pixels, tokenizer)
+
+
+@pytest.fixture(scope="session")
+def make_dual_encoder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Makes the checkpoint folder of a tiny random CLIP or SigLIP."""
+
+    def make(kind: str) -> Path:
+        folder = tmp_path_factory.mktemp(kind)
+        for part in dual_encoder(kind):
+            part.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def guard_run(
+    make_dual_encoder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A run folder on a tiny CLIP, with a random bottleneck; nothing may write into it."""
+    import torch
+
+    from psa_vlm.inference import PsaVlm
+    from psa_vlm.model.backbone import Backbone
+    from psa_vlm.model.bottleneck import BottleneckConfig, SafetyBottleneck
+
+    backbone = Backbone.from_pretrained(make_dual_encoder("CLIP"))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        bottleneck = SafetyBottleneck(
+            BottleneckConfig(24, 32, hidden=16, tokens=4, heads=4, depth=1)
+        )
+    folder = tmp_path_factory.mktemp("guards") / "run"
+    PsaVlm(backbone, bottleneck).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def random_lora() -> Callable[[Any], Any]:
     """Puts a LoRA of random weights into a backbone, merged as a loaded one is."""

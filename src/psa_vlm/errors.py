@@ -31,6 +31,26 @@ class ConfigError(InputError):
     """A configuration or taxonomy file is malformed."""
 
 
+class NoLanguageModel(InputError):
+    """What is asked needs a language model, and the backbone is a dual encoder.
+
+    Args:
+        what: is asked, as in "reply".
+        kind: model type of the backbone.
+    """
+
+    def __init__(self, what: str, kind: str) -> None:
+        super().__init__(what, kind)
+        self.what = what
+        self.kind = kind
+
+    def __str__(self) -> str:
+        return (
+            f"{self.what} needs a language model, and the backbone ({self.kind}) has none: it"
+            " assesses only; use a vision-language model"
+        )
+
+
 class CheckpointError(PsaVlmError):
     """A checkpoint is incomplete, damaged or of another kind."""
 

@@ -16,9 +16,11 @@ from psa_vlm.data.images import Source, open_images
 from psa_vlm.data.sample import Turn
 from psa_vlm.errors import InputError
 from psa_vlm.model import checkpoint, export
-from psa_vlm.model.backbone import Backbone, ImageFeatures
+from psa_vlm.model.backbone import Backbone
 from psa_vlm.model.bottleneck import BottleneckOutput, SafetyBottleneck
 from psa_vlm.model.calibration import FILE, Calibration, Temperatures
+from psa_vlm.model.image_features import ImageFeatures
+from psa_vlm.model.loading import Attention, Bits
 from psa_vlm.model.verdict import ImageVerdict, Verdict
 from psa_vlm.model.writing import Listener, Written
 from psa_vlm.policy.policy import Decision, Policy
@@ -138,6 +140,8 @@ class PsaVlm:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         calibrated: bool = True,
+        attention: Attention | None = None,
+        bits: Bits | None = None,
     ) -> PsaVlm:
         """Load a run folder, exported or not: see `psa_vlm.model.checkpoint.load` for arguments
         and errors.
@@ -146,7 +150,7 @@ class PsaVlm:
         with `calibrated=False` it is not looked at.
         """
         folder = checkpoint.home(Path(folder))
-        parts = checkpoint.load(folder, base, taxonomy, dtype, device)
+        parts = checkpoint.load(folder, base, taxonomy, dtype, device, attention, bits)
         policy = Policy.from_yaml(folder / "policy.yaml")
         calibration = None
         if calibrated and (folder / FILE).exists():
@@ -290,6 +294,7 @@ class PsaVlm:
         Raises:
             InputError: an image can't be used, the text is empty or too long, or a concept has no
                 such name or level.
+            NoLanguageModel: the backbone is a dual encoder.
         """
         return self.reply_batch(
             [images], [text], policy, concepts, [history], max_new_tokens, language
@@ -307,6 +312,7 @@ class PsaVlm:
         language: str | None = None,
     ) -> list[Reply]:
         """`reply` for many requests: one vision pass, one generation for all that are answered."""
+        self.backbone.check_writes("reply")
         policy = policy or self.policy
         policy.check(self.taxonomy)
         seen = self.see_batch(images, texts, histories)

@@ -446,6 +446,36 @@ def mistral3() -> tuple[Any, Any]:
     )
 
 
+def instructblip() -> tuple[Any, Any]:
+    """Without a chat template, and with a second tokenizer for the Q-Former, as published."""
+    from transformers import (
+        BertTokenizer,
+        BlipImageProcessorPil,
+        InstructBlipConfig,
+        InstructBlipProcessor,
+        InstructBlipQFormerConfig,
+        InstructBlipVisionConfig,
+    )
+
+    tokenizer = tokenizer_of()
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789?.,:'-"
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters)]
+    pixels = BlipImageProcessorPil(size={"height": SIDE, "width": SIDE})
+    questions = BertTokenizer({piece: i for i, piece in enumerate(pieces)})
+    processor = InstructBlipProcessor(pixels, tokenizer, questions, num_query_tokens=6)
+    reader = {"hidden_size": 16, "intermediate_size": 32, "max_position_embeddings": 64}
+    config = InstructBlipConfig(
+        vision_config=InstructBlipVisionConfig(**VISION).to_dict(),
+        qformer_config=InstructBlipQFormerConfig(
+            vocab_size=len(pieces), **reader, **DEEP
+        ).to_dict(),
+        text_config=text_config("LlamaConfig", tokenizer).to_dict(),
+        num_query_tokens=6,
+        image_token_index=id_of(tokenizer, "<image>"),
+    )
+    return config, processor
+
+
 BUILDERS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "llava": llava,
     "llava-next": llava_next,
@@ -458,6 +488,7 @@ BUILDERS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "gemma3": gemma3,
     "paligemma": paligemma,
     "mistral3": mistral3,
+    "instructblip": instructblip,
 }
 """Config and processor of each family."""
 

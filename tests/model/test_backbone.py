@@ -23,7 +23,8 @@ from transformers import (
 
 from psa_vlm.data.sample import Turn
 from psa_vlm.errors import CheckpointError, InputError
-from psa_vlm.model.backbone import Backbone, ImageFeatures
+from psa_vlm.model.backbone import Backbone
+from psa_vlm.model.image_features import ImageFeatures
 from psa_vlm.model.prompts import PromptBuilder
 from psa_vlm.model.tokens import add_safety_tokens
 
@@ -106,6 +107,13 @@ def test_a_model_of_words_alone_is_named(tmp_path: Path) -> None:
         Backbone.from_pretrained(tmp_path)
 
 
+def test_an_encoder_decoder_is_named(llava_dir: Path) -> None:
+    backbone = Backbone.from_pretrained(llava_dir)
+    backbone.model.config.text_config.is_encoder_decoder = True
+    with pytest.raises(CheckpointError, match="encoder with a decoder; take a checkpoint whose"):
+        Backbone(backbone.model, backbone.processor)
+
+
 def test_what_can_not_be_loaded_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="can't load a vision-language model from") as caught:
         Backbone.from_pretrained(tmp_path)
@@ -149,9 +157,25 @@ def test_the_class_token_is_left_out_of_the_features(llava_dir: Path) -> None:
     backbone = Backbone.from_pretrained(llava_dir)
     expected = backbone.encode([picture(0)])
     backbone.model.config.vision_feature_select_strategy = "full"
+    backbone.processor.vision_feature_select_strategy = "full"
     features = backbone.encode([picture(0)])
     torch.testing.assert_close(features.h_o, expected.h_o)
     assert features.projected.pooler_output[0].shape == (17, 32)
+
+
+def test_a_processor_of_another_model_is_named(llava_dir: Path) -> None:
+    backbone = Backbone.from_pretrained(llava_dir)
+    backbone.processor.patch_size = 16  # 4 positions to an image in place of 16
+    told = rf"{llava_dir}: its processor writes 8 positions for 2 images but its model makes 32"
+    with pytest.raises(CheckpointError, match=told):
+        backbone.encode([picture(0), picture(1)])
+
+
+def test_a_config_without_an_image_token_is_named(llava_dir: Path) -> None:
+    backbone = Backbone.from_pretrained(llava_dir)
+    backbone.model.config.image_token_index = None
+    with pytest.raises(CheckpointError, match=r"config\.json has no image_token_index"):
+        backbone.prompts(asked("What?"), [1])
 
 
 def test_no_hook_is_left_behind(llava_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

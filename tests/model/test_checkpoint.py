@@ -99,6 +99,25 @@ def test_a_base_model_with_other_weights_is_refused(
     PsaVlm.from_pretrained(run, base=llava_dir, dtype=torch.bfloat16)  # the same, less exact
 
 
+def test_a_base_model_of_another_family_is_refused(run: Path, make_dual_encoder: Any) -> None:
+    told = r"trained on a model of type llava, and .* is of type clip; give the place"
+    with pytest.raises(CheckpointError, match=told):
+        PsaVlm.from_pretrained(run, base=make_dual_encoder("CLIP"))
+
+
+def test_an_adapter_of_another_family_is_refused(
+    aligned_run: Path, make_dual_encoder: Any, tmp_path: Path
+) -> None:
+    broken = Path(shutil.copytree(aligned_run, tmp_path / "run"))
+    clip = Backbone.from_pretrained(make_dual_encoder("CLIP"))
+    manifest = json.loads((broken / "psa.json").read_text())
+    manifest |= {"base": clip.source, "base_probe": clip.probe, "model_type": "clip"}
+    (broken / "psa.json").write_text(json.dumps({**manifest, "safety_tokens": 0}))
+    with pytest.raises(CheckpointError, match="adapter was made for another model") as caught:
+        PsaVlm.from_pretrained(broken)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("step", ["weights", "manifest"])
 def test_a_full_disk_leaves_the_last_good_run(
     run: Path, monkeypatch: pytest.MonkeyPatch, step: str

@@ -20,7 +20,7 @@ from psa_vlm.inference import PsaVlm
 from psa_vlm.model.backbone import Backbone
 from psa_vlm.model.bottleneck import BottleneckConfig, SafetyBottleneck
 from psa_vlm.model.families import SPECS
-from psa_vlm.model.tokens import add_safety_tokens
+from psa_vlm.model.tokens import add_safety_tokens, role_marks
 from psa_vlm.training.config import (
     ConceptsConfig,
     LoraConfig,
@@ -33,7 +33,7 @@ from psa_vlm.training.stage2 import run_stage2
 
 SIZES = ((64, 40), (40, 72), (50, 50))
 """Width and height: wide, tall and square."""
-WANTED = {"input_ids", "attention_mask"}.union(
+WANTED = {*("input_ids", "attention_mask", "qformer_input_ids", "qformer_attention_mask")}.union(
     *((*spec.image_inputs, *spec.token_types) for spec in SPECS.values())
 )
 """What of a processor's output goes to a model."""
@@ -76,6 +76,8 @@ def processed(
 ) -> dict[str, torch.Tensor]:
     """What the processor makes of the same requests by itself."""
     processor: Any = backbone.processor
+    if backbone.spec.instructed is not None:
+        return written_out(backbone, asks, counts, images)
     texts = []
     for turns, count in zip(asks, counts, strict=True):
         if backbone.spec.chat_template is not None:  # which the checkpoint has not
@@ -98,6 +100,27 @@ def processed(
     return {name: value for name, value in inputs.items() if name in WANTED}
 
 
+def written_out(
+    backbone: Backbone, asks: list[list[Turn]], counts: list[int], images: list[Image.Image]
+) -> dict[str, torch.Tensor]:
+    """What a model takes whose processor puts one image before each prompt, and no more."""
+    processor: Any = backbone.processor
+    mark = "".join(f"<safety_{i}>" for i in range(3)) + "<image>" * processor.num_query_tokens
+    texts = [mark * n + "<s>" + ask[0].text for n, ask in zip(counts, asks, strict=True)]
+    inputs = processor.tokenizer(
+        texts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
+    )
+    questions = [ask[0].text for n, ask in zip(counts, asks, strict=True) for _ in range(n)]
+    read = processor.qformer_tokenizer(questions, padding=True, return_tensors="pt")
+    return {
+        "input_ids": inputs["input_ids"],
+        "attention_mask": inputs["attention_mask"],
+        "pixel_values": processor.image_processor(images, return_tensors="pt")["pixel_values"],
+        "qformer_input_ids": read["input_ids"],
+        "qformer_attention_mask": read["attention_mask"],
+    }
+
+
 # --- the way of a request ------------------------------------------------------------------------
 
 
@@ -109,12 +132,11 @@ def test_requests_are_those_of_plain_transformers(backbone: Backbone, counts: li
     with vision_passes(backbone) as calls:
         features = backbone.encode(images, counts)
         inputs = backbone.prompts(asks, counts, features=features)
-        reused = {**inputs, **features.model_inputs()}
         with torch.no_grad():
-            got = backbone.model(**reused).logits
+            got = backbone.language(**backbone.arguments(inputs, features)).logits
         answers = backbone.generate(inputs, features, max_new_tokens=4)
     assert len(calls) == 1
-    for name in inputs:
+    for name in inputs.keys() - {"question_ids", "question_mask"}:
         assert torch.equal(inputs[name], plain[name]), name
     with torch.no_grad():
         expected = backbone.model(**plain).logits
@@ -129,6 +151,13 @@ def test_requests_are_those_of_plain_transformers(backbone: Backbone, counts: li
     assert answers == [text.strip() for text in texts]
 
 
+def test_role_marks_are_no_ends_of_special_tokens(backbone: Backbone) -> None:
+    """Or the guard would break harmless words."""
+    specials = backbone.tokenizer.all_special_tokens
+    for mark in role_marks(backbone.processor, specials):
+        assert not any(special.endswith(mark) for special in specials), mark
+
+
 def test_images_and_words_matter(backbone: Backbone) -> None:
     """So that equal logits mean something."""
     seen = []
@@ -136,7 +165,8 @@ def test_images_and_words_matter(backbone: Backbone) -> None:
         features = backbone.encode([image])
         inputs = backbone.prompts(asked("What?"), [1], features=features)
         with torch.no_grad():
-            seen.append(backbone.model(**inputs, **features.model_inputs()).logits[:, -1])
+            arguments = backbone.arguments(inputs, features)
+            seen.append(backbone.language(**arguments).logits[:, -1])
     assert (seen[0] - seen[1]).abs().max() > 1e-2
 
 
@@ -315,19 +345,27 @@ def test_an_export_is_plain_transformers(run: Path, exported: Path, count: int) 
     plain: Any = AutoModelForImageTextToText.from_pretrained(exported).eval()
     processor: Any = AutoProcessor.from_pretrained(exported)
     content = [{"type": "image", "image": image} for image in images]
-    with warnings.catch_warnings():  # PaliGemma's also makes labels, as NumPy does not like
-        warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)
-        given = processor.apply_chat_template(
-            [{"role": "user", "content": [*content, {"type": "text", "text": "What is this?"}]}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
+    chat = [{"role": "user", "content": [*content, {"type": "text", "text": "What is this?"}]}]
+    if backbone.spec.instructed is None:
+        with warnings.catch_warnings():  # PaliGemma's also makes labels, as NumPy does not like
+            warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)
+            given = processor.apply_chat_template(
+                chat,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+            )
+    else:  # its processor can't place what the template wants before the image
+        given = written_out(backbone, asked("What is this?"), [count], images)
+        prompt = processor.tokenizer.apply_chat_template(chat, tokenize=False)
+        assert prompt.replace("<image>", "<image>" * processor.num_query_tokens) == (
+            processor.tokenizer.decode(given["input_ids"][0])
         )
     assert torch.equal(given["input_ids"], inputs["input_ids"])
     given = {name: value for name, value in given.items() if name in WANTED}
     with torch.no_grad():
-        expected = backbone.model(**inputs, **features.model_inputs()).logits
+        expected = backbone.language(**backbone.arguments(inputs, features)).logits
         torch.testing.assert_close(plain(**given).logits, expected, atol=1e-4, rtol=1e-4)
         new = plain.generate(**given, max_new_tokens=6, do_sample=False)
     answer = processor.decode(new[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

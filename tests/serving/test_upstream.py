@@ -137,6 +137,21 @@ def test_what_is_sent_on_is_what_was_assessed(
     assert reply["psa"]["decision"]["action"] == "hint" and len(reply["psa"]["images"]) == 3
 
 
+def test_a_guard_without_a_language_model_stands_before_one(
+    guard_run: Path, stub: Stub, live: Callable[[Any], str], audit: Audit, make_url: Any
+) -> None:
+    guard = PsaVlm.from_pretrained(guard_run)
+    engine = Upstream(InProcess(guard, wait=0), live(stub.app) + "/v1", "there")
+    service = Service(engine, Model("tiny", "f"), Policy.default(), audit)
+    with TestClient(create_app(service), "http://localhost") as client:
+        reply = client.post(CHAT, json=chat(make_url(), text="Read <image> it.")).json()
+    assert reply["choices"][0]["message"]["content"] == "Hello there"
+    ((_, words),) = [one["content"] for one in stub.seen[0]["messages"]]
+    hint = "" if (decision := reply["psa"]["decision"])["action"] == "allow" else "\nSafe Hint"
+    assert decision["action"] != "refuse"
+    assert words["text"].startswith("Read <image> it." + hint)  # whose marks they are, it knows
+
+
 def test_a_stream_goes_through_as_it_comes(
     client: TestClient, stub: Stub, see: Any, make_url: Any
 ) -> None:

@@ -50,9 +50,10 @@ def test_every_shipped_one_loads(file: Path) -> None:
     assert loaded.out.name == file.stem[-6:]
 
 
-def test_the_papers_numbers() -> None:
-    first = load(ROOT / "configs/llava-1.5-7b-stage1.yaml", Stage1Config)
-    second = load(ROOT / "configs/llava-1.5-7b-stage2.yaml", Stage2Config)
+@pytest.mark.parametrize("size", ["7b", "13b"])
+def test_the_papers_numbers(size: str) -> None:
+    first = load(ROOT / f"configs/llava-1.5-{size}-stage1.yaml", Stage1Config)
+    second = load(ROOT / f"configs/llava-1.5-{size}-stage2.yaml", Stage2Config)
     for part in (first.concepts, first.tokens):
         assert (part.learning_rate, part.warmup_steps, part.epochs) == (1e-5, 20, 3)
     assert (first.concepts.tokens, first.tokens.count, first.concepts.weight) == (64, 64, 10)
@@ -110,6 +111,8 @@ def test_zero_and_empty_are_values(path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "line"),
     [
+        ("bits=5", r"bits: .*4 or 8, got 5"),
+        ("attention=quick", r"attention: .*'eager', 'sdpa' or 'flash_attention_2'"),
         ("concepts.epoch=3", r"unknown key 'concepts\.epoch'; known keys: epochs, learning_rate"),
         ("epochs=3", r"unknown key 'epochs'; known keys: out, data, seed, .*concepts, tokens"),
         ("data=[{file: a.json}]", r"the key 'data\.0\.path' is missing\n.*known keys: path, im"),

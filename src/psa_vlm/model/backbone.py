@@ -6,20 +6,20 @@ width, L prompt length, H x W grid.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from itertools import islice
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from psa_vlm.errors import CheckpointError, InputError
-from psa_vlm.model.families import spec_for
+from psa_vlm.model import encoding, instructed
+from psa_vlm.model.families import encoder_for, spec_for
+from psa_vlm.model.image_features import ImageFeatures
+from psa_vlm.model.loading import Attention, Bits, load
 from psa_vlm.model.probe import probe
 from psa_vlm.model.prompts import PromptBuilder
 from psa_vlm.model.tokens import guard_of, safety_token_ids
@@ -29,66 +29,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from psa_vlm.data.sample import Turn
-
-
-@dataclass(frozen=True)
-class ImageFeatures:
-    """B encoded images: all that the bottleneck and the language model need of them."""
-
-    maps: tuple[Tensor, ...]
-    """h_o, vision features before the projector: ``[H, W, Dv]`` of each image."""
-    projected: Any
-    """What ``get_image_features`` returned, image by image; its ``pooler_output`` is h_i."""
-    marks: tuple[str, ...]
-    """What stands for each image in the text of a prompt."""
-    positions: tuple[int, ...]
-    """How many of a prompt's positions each image fills."""
-    prompt_inputs: Mapping[str, Tensor] = field(default_factory=dict)
-    """What else the language model wants to know of the images, a row for each."""
-    joined: bool = False
-    """Whether the language model wants h_i as one tensor rather than one for each image."""
-
-    def __len__(self) -> int:
-        return len(self.maps)
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of the N positions of h_o, where all images have the same."""
-        (grid,) = {(features.shape[0], features.shape[1]) for features in self.maps}
-        return grid
-
-    @property
-    def h_o(self) -> Tensor:
-        """h_o ``[B, N, Dv]``, row by row, where all images have the same grid."""
-        return torch.stack(self.maps).flatten(1, 2)
-
-    def take(self, indices: Sequence[int]) -> ImageFeatures:
-        """The features of some of the images, in the order of ``indices``."""
-        picked = dict(self.projected)
-        h_i = picked.pop("pooler_output")
-        picked = {
-            name: [[one[i] for i in indices] for one in all_] for name, all_ in picked.items()
-        }
-        picked["pooler_output"] = [h_i[i] for i in indices]
-        return ImageFeatures(
-            tuple(self.maps[i] for i in indices),
-            type(self.projected)(**picked),
-            tuple(self.marks[i] for i in indices),
-            tuple(self.positions[i] for i in indices),
-            {name: rows[list(indices)] for name, rows in self.prompt_inputs.items()},
-            self.joined,
-        )
-
-    def mm_encoder_outputs(self) -> dict[str, Any]:
-        """The argument of that name for the model; a copy, because generation may change it."""
-        copy = type(self.projected)(**self.projected)
-        if self.joined:
-            copy["pooler_output"] = torch.cat(copy.pooler_output)
-        return {"image": copy}
-
-    def model_inputs(self) -> dict[str, Any]:
-        """All that the model is called with in place of the pixels."""
-        return {"mm_encoder_outputs": self.mm_encoder_outputs(), **self.prompt_inputs}
 
 
 class Backbone:
@@ -106,13 +46,26 @@ class Backbone:
         CheckpointError: if the family is unknown, or the processor has no chat template.
     """
 
+    writes = True
+    """Whether there is a language model."""
+
     def __init__(self, model: Any, processor: Any, source: str = "") -> None:
         self.source = source
-        self.spec = spec_for(model.config.model_type)
         self.model = model.eval().requires_grad_(False)
         self.probe = probe(model)
         self.processor = processor
         self.tokenizer = processor.tokenizer
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Find the facts of the family, and a chat template."""
+        processor, config = self.processor, self.model.config
+        self.spec = spec_for(config.model_type)
+        if config.get_text_config().is_encoder_decoder:
+            raise CheckpointError(
+                f"{self.source}: its language model is an encoder with a decoder; take a checkpoint"
+                " whose language model is a decoder alone"
+            )
         if self.spec.plain_template is not None:  # the checkpoint's is for its processor alone
             processor.chat_template = self.spec.chat_template
         for template in (self.tokenizer.chat_template, self.spec.chat_template):
@@ -127,32 +80,31 @@ class Backbone:
         path: str | PathLike[str],
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        attention: Attention | None = None,
+        bits: Bits | None = None,
     ) -> Backbone:
         """Load a checkpoint folder or hub id; safetensors only, no remote code.
 
         Args:
-            path: folder or hub id.
+            path: folder or hub id; one of a dual encoder gives a
+                :class:`psa_vlm.model.dual_encoder.DualEncoder`.
             dtype: of the weights; None keeps the checkpoint's.
-            device: None means the CPU.
+            device: None means the CPU, and the GPU with `bits`.
+            attention: implementation of the attention; None leaves it to transformers.
+            bits: quantise the language model's layers to 4 or 8 bits by bitsandbytes, and nothing
+                else, so that h_o is the same.
 
         Raises:
             CheckpointError: if it can't be loaded, is no vision-language model, or its family is
                 unknown.
+            ConfigError: `bits` where there is no GPU, or no language model.
+            MissingExtra: `bits` without bitsandbytes.
         """
-        from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+        from psa_vlm.model.dual_encoder import DualEncoder
 
-        try:
-            _check_family(path, AutoConfig.from_pretrained(path).model_type)
-            processor = AutoProcessor.from_pretrained(path)
-            model: Any = AutoModelForImageTextToText.from_pretrained(
-                path, dtype="auto" if dtype is None else dtype, use_safetensors=True
-            )
-        except (OSError, ValueError, ImportError) as error:  # some processors need torchvision
-            reason = str(error).strip().splitlines()[0]
-            raise CheckpointError(
-                f"can't load a vision-language model from {path}: {reason}"
-            ) from error
-        return cls(model.to(device or "cpu"), processor, str(path))
+        model, processor = load(path, dtype, device, attention, bits)
+        kind: type[Backbone] = cls if encoder_for(model.config.model_type) is None else DualEncoder
+        return kind(model, processor, str(path))
 
     # --- facts -----------------------------------------------------------------------------------
 
@@ -170,8 +122,14 @@ class Backbone:
 
     @property
     def image_token_id(self) -> int:
-        """Id of the positions that hold an image in the prompt."""
-        return int(self.model.config.image_token_id)
+        """Id of the positions that hold an image in the prompt.
+
+        Raises:
+            CheckpointError: if the checkpoint does not say.
+        """
+        if (id_ := self.model.config.image_token_id) is None:
+            raise CheckpointError(f"{self.source}: config.json has no image_token_index")
+        return int(id_)
 
     @property
     def safety_token_ids(self) -> tuple[int, ...]:
@@ -192,21 +150,31 @@ class Backbone:
     @cached_property
     def vision_width(self) -> int:
         """Dv, width of h_o; found by encoding a blank image once."""
-        return self.encode([_blank()]).maps[0].shape[-1]
+        return self.encode([encoding.blank()]).maps[0].shape[-1]
 
     @cached_property
     def image_tokens(self) -> int:
         """Positions that a small image takes in the prompt; in most families, every image."""
-        return self._positions(self._builder.image)
+        return self.positions(self._builder.image)
 
     @cached_property
     def _builder(self) -> PromptBuilder:
-        _, (mark,) = self._processed([_blank()], [1])
+        _, (mark,) = encoding.processed(self, [encoding.blank()], [1])
         return PromptBuilder(self.processor, mark, self.max_tokens)
 
-    def _positions(self, mark: str) -> int:
+    def positions(self, mark: str) -> int:
         """Positions that an image fills, of what stands for it in the text of a prompt."""
         return mark.count(self.tokenizer.convert_ids_to_tokens(self.image_token_id))
+
+    def check_writes(self, what: str) -> None:
+        """See that there is a language model.
+
+        Args:
+            what: needs one, as in "reply".
+
+        Raises:
+            NoLanguageModel: there is none.
+        """
 
     # --- the way of a request --------------------------------------------------------------------
 
@@ -223,46 +191,13 @@ class Backbone:
 
         Raises:
             InputError: if there is no image.
+            CheckpointError: if the processor writes more or fewer positions than the model makes.
         """
         if not images:
             raise InputError("encode needs at least one image")
         if image_counts is None or not self.spec.grouped:
             image_counts = [1] * len(images)
-        inputs, marks = self._processed(images, [count for count in image_counts if count])
-        wanted = {name: inputs[name] for name in self.spec.image_inputs if name in inputs}
-        with _inputs_of(self.model.get_submodule(self.spec.projector)) as seen:
-            projected = self.model.get_image_features(**wanted, return_dict=True)
-        positions = [self._positions(mark) for mark in marks]
-        h_i = projected.pooler_output
-        joined = isinstance(h_i, Tensor)  # [crops, N, D]
-        if joined:
-            h_i = h_i.split([count // h_i.shape[1] for count in positions])
-        layers = {name: projected[name] for name in self.spec.layered}
-        return ImageFeatures(
-            tuple(self.spec.arrange(seen[0], inputs, positions, self.model.config)),
-            type(projected)(pooler_output=list(h_i), **layers),  # drop the hidden states
-            tuple(marks),
-            tuple(positions),
-            {name: inputs[name] for name in self.spec.prompt_inputs},
-            joined,
-        )
-
-    def _processed(
-        self, images: Sequence[Image], image_counts: Sequence[int]
-    ) -> tuple[dict[str, Any], list[str]]:
-        """What the processor makes of images, and what stands for each in the text of a prompt."""
-        rest = iter(images)
-        inputs = self.processor(
-            images=[list(islice(rest, count)) for count in image_counts],
-            text=[self.processor.image_token * count for count in image_counts],
-            images_kwargs={"return_tensors": "pt"},
-            text_kwargs={"return_tensors": None, "verbose": False},
-            return_text_replacement_offsets=True,
-        )
-        marks = [one["replacement"] for row in inputs["text_replacement_offsets"] for one in row]
-        tensors = {name: v.to(self.device) for name, v in inputs.items() if isinstance(v, Tensor)}
-        tensors["pixel_values"] = tensors["pixel_values"].to(self.dtype)
-        return tensors, marks
+        return encoding.encode(self, images, [count for count in image_counts if count])
 
     @torch.no_grad()
     def embed_text(self, texts: Sequence[str], begin: bool = False) -> tuple[Tensor, Tensor]:
@@ -323,7 +258,8 @@ class Backbone:
             ``input_ids`` and ``attention_mask`` ``[B, L]``, padded on the left and ready to
             generate; with answers padded on the right, and with ``labels`` ``[B, L]`` that are
             -100 outside the answer and its end of turn. Some
-            families also want token types ``[B, L]``.
+            families also want token types ``[B, L]``, or the question by itself (`question_ids`,
+            `question_mask` ``[B, T]``).
 
         Raises:
             InputError: if a conversation does not end with the user, has turns that the chat
@@ -335,6 +271,9 @@ class Backbone:
         inputs = self._builder.inputs(conversations, image_counts, hints, answers, marks)
         for name, types in self.spec.token_types.items():
             inputs[name] = types(inputs["input_ids"], inputs.get("labels"), self.image_token_id)
+        if (facts := self.spec.instructed) is not None:
+            texts = self._builder.questions(conversations, hints)
+            inputs |= instructed.questions(self, facts, texts)
         device = self.device
         return {name: tensor.to(device) for name, tensor in inputs.items()}
 
@@ -352,6 +291,35 @@ class Backbone:
             InputError, CheckpointError: as `prompts`.
         """
         return self._builder.messages(conversation, images, hint)
+
+    @property
+    def language(self) -> Any:
+        """What is called with :meth:`arguments`: the model, or its language model alone."""
+        facts = self.spec.instructed
+        return self.model if facts is None else self.model.get_submodule(facts.language_model)
+
+    def arguments(
+        self, inputs: Mapping[str, Tensor], features: ImageFeatures | None = None
+    ) -> dict[str, Any]:
+        """Prompts with their encoded images in place of the pixels, for :attr:`language`.
+
+        Args:
+            inputs: from :meth:`prompts`.
+            features: the images of all prompts in order; None if there are none.
+
+        Raises:
+            InputError: if the prompts do not speak of exactly these images.
+        """
+        held = int((inputs["input_ids"] == self.image_token_id).sum())
+        if held != (0 if features is None else sum(features.positions)):
+            images = 0 if features is None else len(features)
+            raise InputError(
+                f"the prompts hold {held / self.image_tokens:g} images but {images} are given"
+            )
+        if (facts := self.spec.instructed) is None:
+            encoded = {"mm_encoder_outputs": {}} if features is None else features.model_inputs()
+            return {**inputs, **encoded}
+        return instructed.joined(self, facts, inputs, features)
 
     def generate(
         self,
@@ -381,61 +349,26 @@ class Backbone:
         Raises:
             InputError: if the prompts do not speak of exactly these images.
         """
-        held = int((inputs["input_ids"] == self.image_token_id).sum())
-        if held != (0 if features is None else sum(features.positions)):
-            images = 0 if features is None else len(features)
-            raise InputError(
-                f"the prompts hold {held / self.image_tokens:g} images but {images} are given"
-            )
-        encoded = {"mm_encoder_outputs": {}} if features is None else features.model_inputs()
-        config = self.model.generation_config
+        arguments = self.arguments(inputs, features)
+        config = self.language.generation_config
         suppressed = {
             *(config.suppress_tokens or ()),
             *guard_of(self.processor).safety_ids,
             self.image_token_id,
         }
-        ends = config.eos_token_id
-        ends = frozenset(ends if isinstance(ends, list) else () if ends is None else (ends,))
-        ids = self.model.generate(
-            **inputs,
-            **encoded,
+        told = config.eos_token_id
+        told = told if isinstance(told, list) else [] if told is None else [told]
+        ends = frozenset([*told, self.tokenizer.eos_token_id])  # as answers end in training
+        ids = self.language.generate(
+            **arguments,
             **({} if listener is None else heard(listener, self.tokenizer, ends)),
+            eos_token_id=sorted(ends),
             max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,
             suppress_tokens=sorted(suppressed),
         )
-        new = ids[:, inputs["input_ids"].shape[1] :]  # [B, S]
+        read_too = "input_ids" in arguments  # then the prompts stand before the answers
+        new = ids[:, inputs["input_ids"].shape[1] :] if read_too else ids  # [B, S]
         read = inputs["attention_mask"].sum(1).tolist()
         return written(new, read, self.tokenizer, ends)
-
-
-def _check_family(path: str | PathLike[str], model_type: str) -> None:
-    try:
-        spec_for(model_type)
-    except CheckpointError as error:
-        from transformers.models.auto import modeling_auto as known
-
-        if model_type in known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
-            raise CheckpointError(f"{path}: {error}") from None
-        raise CheckpointError(
-            f"{path}: a model of type {model_type} does not read images and text; give the folder"
-            " or hub id of a vision-language model"
-        ) from None
-
-
-@contextmanager
-def _inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect what a module is called with, and leave no hook behind."""
-    seen: list[Tensor] = []
-    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    try:
-        yield seen
-    finally:
-        handle.remove()
-
-
-def _blank() -> Image:
-    from PIL import Image
-
-    return Image.new("RGB", (64, 64))

@@ -105,7 +105,7 @@ class Calibration(_Part):
     made: date
     valid_until: date
     taxonomy: str
-    weights: list[float]
+    weights: list[float | None]
     data: str
     method: str
     miss_rate: Share

@@ -33,8 +33,9 @@ from safetensors.torch import load_file, save_file
 from psa_vlm.errors import CheckpointError, ConfigError
 from psa_vlm.model.backbone import Backbone
 from psa_vlm.model.bottleneck import BottleneckConfig, SafetyBottleneck
-from psa_vlm.model.probe import probe, same_weights
-from psa_vlm.model.tokens import put_rows
+from psa_vlm.model.loading import Attention, Bits
+from psa_vlm.model.probe import is_quantised, probe, same_weights
+from psa_vlm.model.tokens import get_rows, put_rows
 from psa_vlm.taxonomy import Taxonomy
 
 if TYPE_CHECKING:
@@ -123,20 +124,19 @@ def write(folder: Path, parts: Parts, base: str | None) -> None:
         base: where its base model is; None means that the folder around this one holds it all.
     """
     backbone = parts.backbone
-    ids = list(backbone.safety_token_ids)
     manifest = {
         "format": FORMAT,
         "base": base,
         "base_probe": probe(backbone.model) if base is None else backbone.probe,
         "bottleneck": asdict(parts.bottleneck.config),
-        "safety_tokens": len(ids),
+        "safety_tokens": len(backbone.safety_token_ids),
         "taxonomy": parts.taxonomy.hash,
         "adapter": parts.adapter is not None,
+        "model_type": backbone.model.config.model_type,
     }
     parts.taxonomy.to_yaml(folder / "taxonomy.yaml")
     save_file(_contiguous(parts.bottleneck.state_dict()), folder / "bottleneck.safetensors")
-    rows = backbone.model.get_input_embeddings().weight[ids]
-    save_file(_contiguous({"rows": rows}), folder / "safety_tokens.safetensors")
+    save_file(_contiguous({"rows": get_rows(backbone)}), folder / "safety_tokens.safetensors")
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
 
 
@@ -202,6 +202,8 @@ def load(
     taxonomy: Taxonomy | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    attention: Attention | None = None,
+    bits: Bits | None = None,
 ) -> Parts:
     """Read a run folder and the base model that it was trained on.
 
@@ -209,11 +211,12 @@ def load(
         folder: the run.
         base: where the base model is now, if it moved since training.
         taxonomy: what the caller expects the run to speak; None accepts the run's own.
-        dtype: of the base model's weights; None keeps the checkpoint's.
-        device: None means the CPU.
+        dtype, device, attention, bits: of the base model, as in
+            :meth:`psa_vlm.model.backbone.Backbone.from_pretrained`.
 
     Raises:
         CheckpointError: something is missing, damaged, or does not fit together.
+        ConfigError, MissingExtra: `bits` can't be had here.
         TaxonomyMismatch: the run was made with another taxonomy than the file or the caller says.
     """
     manifest = read_manifest(folder)
@@ -224,10 +227,16 @@ def load(
         taxonomy.check_same(found.hash, folder)
     try:
         where = base or manifest["base"] or folder.parent
-        backbone = Backbone.from_pretrained(where, dtype=dtype, device=device)
+        backbone = Backbone.from_pretrained(where, dtype, device, attention, bits)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; if the base model moved, give its new place") from error
     try:
+        kind = backbone.model.config.model_type
+        if manifest.get("model_type", kind) != kind:  # older runs do not say
+            raise CheckpointError(
+                f"{folder}: was trained on a model of type {manifest['model_type']}, and"
+                f" {backbone.source} is of type {kind}; give the place of the right one"
+            )
         if not same_weights(backbone.probe, manifest["base_probe"]):
             raise CheckpointError(
                 f"{folder}: was trained on a base model with other weights than {backbone.source};"
@@ -246,7 +255,7 @@ def load(
 
 
 def _load_adapter(backbone: Backbone, folder: Path) -> PeftModel:
-    """Put a saved LoRA into the backbone's layers, merged so that it costs nothing to run."""
+    """Put a saved LoRA into the backbone's layers, ready to run."""
     from peft import PeftModel, get_peft_model_state_dict
 
     for name in ("adapter_config.json", "adapter_model.safetensors"):
@@ -268,6 +277,14 @@ def _load_adapter(backbone: Backbone, folder: Path) -> PeftModel:
             f"{folder}: this adapter was made for another model than {backbone.source}"
             f" ({' '.join(str(error).split())[:200]}); take the adapter of this run"
         ) from error
-    adapter.merge_adapter()
-    adapter.requires_grad_(False)
-    return adapter.eval()
+    return settled(adapter)
+
+
+def settled(adapter: PeftModel) -> PeftModel:
+    """A LoRA that is not trained any more, merged so that it costs nothing to run.
+
+    Into quantised weights it is not merged, where most of it would be rounded away.
+    """
+    if not is_quantised(adapter):
+        adapter.merge_adapter()
+    return adapter.eval().requires_grad_(False)

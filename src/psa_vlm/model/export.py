@@ -15,7 +15,7 @@ from pathlib import Path
 
 from psa_vlm.errors import CheckpointError
 from psa_vlm.model.checkpoint import INSIDE, Parts, atomic_folder, check_free, write
-from psa_vlm.model.probe import is_adapter
+from psa_vlm.model.probe import is_adapter, is_quantised
 from psa_vlm.model.tokens import plain_template
 
 
@@ -29,9 +29,13 @@ def export(out: Path, parts: Parts, extra: Callable[[Path], None] = lambda folde
 
     Raises:
         ConfigError: `out` exists.
-        CheckpointError: it can't be written.
+        CheckpointError: it can't be written, or the language model is quantised.
+        NoLanguageModel: the backbone is a dual encoder.
     """
     check_free(out)
+    parts.backbone.check_writes("an export")
+    if is_quantised(parts.backbone.model):
+        raise CheckpointError(f"{out}: the language model is quantised; load the run without bits")
     if parts.adapter is not None:
         with warnings.catch_warnings():  # where a run was loaded it is merged already
             warnings.filterwarnings("ignore", "All adapters are already merged", UserWarning)

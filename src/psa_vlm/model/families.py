@@ -20,6 +20,9 @@ from psa_vlm.errors import CheckpointError
 Arrange = Callable[[Tensor, Mapping[str, Any], Sequence[int], Any], list[Tensor]]
 """(what the projector saw, image inputs, positions of each image in the prompt, model config) to
 one ``[H, W, Dv]`` for each image, rows from top to bottom and columns from left to right."""
+Project = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
+"""(model, what the vision encoder gave ``[C, (1+)N, Dv]``, ids and mask of the question beside each
+``[C, T]``) to h_i ``[C, Q, D]``."""
 TokenTypes = Callable[[Tensor, Tensor | None, int], Tensor]
 """(input ids ``[B, L]``, labels ``[B, L]`` or None, image token id) to token types ``[B, L]``."""
 
@@ -130,6 +133,23 @@ def _squares(seen: Tensor, indices: Sequence[int]) -> list[Tensor]:
     return list(seen[list(indices), -side * side :].unflatten(1, (side, side)))
 
 
+# --- how they are projected in the light of a question --------------------------------------------
+
+
+def by_qformer(model: Any, seen: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    """Queries that read the question and look at the image (Q-Former), then a linear layer."""
+    queries = model.query_tokens.expand(len(seen), -1, -1)  # [C, Q, Dq]
+    read = model.qformer(
+        input_ids=ids,
+        attention_mask=torch.cat([mask.new_ones(queries.shape[:2]), mask], 1),
+        query_embeds=queries,
+        encoder_hidden_states=seen,
+        encoder_attention_mask=mask.new_ones(seen.shape[:2]),
+    ).last_hidden_state
+    h_i: Tensor = model.language_projection(read[:, : queries.shape[1]])  # [C, Q, D]
+    return h_i
+
+
 # --- what the language model is told of its positions --------------------------------------------
 
 
@@ -156,6 +176,29 @@ PALIGEMMA_TEMPLATE = """\
 PALIGEMMA_PLAIN_TEMPLATE = PALIGEMMA_TEMPLATE.replace("{{ bos_token }}", "").replace(
     "'\n'", "'' if loop.last else '\n'"
 )
+INSTRUCTION_TEMPLATE = """\
+{%- for message in messages %}{% for part in message['content'] if part['type'] == 'image' -%}
+<image>{% endfor %}{% endfor %}{{ bos_token }}{% for message in messages -%}
+{% for part in message['content'] if part['type'] == 'text' -%}
+{{ ' ' if message['role'] == 'assistant' }}{{ part['text'] }}{% endfor -%}
+{{ {'assistant': eos_token, 'system': '\n'}[message['role']] if message['role'] != 'user' -}}
+{% endfor %}"""
+
+
+@dataclass(frozen=True)
+class InstructedSpec:
+    """Of families whose projector reads the question too: h_i is made when the prompt is known."""
+
+    question_tokenizer: str
+    """Attribute of the processor: what the question is read with."""
+    question_config: str
+    """Section of the config that says how long a question it reads."""
+    project: Project
+    """How h_i is made."""
+    positions: str
+    """Key of the config: how many positions of a prompt an image fills."""
+    language_model: str
+    """Path of the language model, which is called by itself: the model insists on pixels."""
 
 
 @dataclass(frozen=True)
@@ -164,12 +207,14 @@ class BackboneSpec:
 
     model_types: tuple[str, ...]
     """``model_type`` in the config of its checkpoints."""
-    projector: str
-    """Path of the module whose input is h_o."""
+    projector: str | None
+    """Path of the module whose input is h_o; None where it reads the question too."""
     language_layers: str
     """Regular expression (full match) of the language model's linear layers, for LoRA."""
     arrange: Arrange
     """How that input lies in the images."""
+    instructed: InstructedSpec | None = None
+    """In place of a path of the projector."""
     image_inputs: tuple[str, ...] = ("pixel_values",)
     """What of the processor's output ``get_image_features`` wants."""
     prompt_inputs: tuple[str, ...] = ()
@@ -257,12 +302,56 @@ SPECS: dict[str, BackboneSpec] = {
         arrange=by_image_sizes,
         image_inputs=("pixel_values", "image_sizes"),
     ),
+    "instructblip": BackboneSpec(
+        model_types=("instructblip",),
+        projector=None,
+        language_layers=r"language_model\.model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj",
+        arrange=by_pixels,
+        instructed=InstructedSpec(
+            question_tokenizer="qformer_tokenizer",
+            question_config="qformer_config",
+            project=by_qformer,
+            positions="num_query_tokens",
+            language_model="language_model",
+        ),
+        chat_template=INSTRUCTION_TEMPLATE,
+    ),
 }
 """The known families, by name."""
 
 
+@dataclass(frozen=True)
+class EncoderSpec:
+    """What has to be known of a family of dual encoders."""
+
+    model_types: tuple[str, ...]
+    """``model_type`` in the config of its checkpoints."""
+    layer: int | None = None
+    """Layer of the image encoder whose output is h_o; None is the last, with its norm."""
+    padded: bool = False
+    """Whether its text encoder learned on texts padded to one length, without a mask; the last
+    position then sums up the text."""
+    arrange: Arrange = by_pixels
+    """How h_o lies in the images."""
+
+
+ENCODERS: dict[str, EncoderSpec] = {
+    "clip": EncoderSpec(
+        model_types=("clip",),
+        layer=-2,  # the patches of the last are read by nothing, and so were never taught
+    ),
+    "siglip": EncoderSpec(model_types=("siglip",), padded=True),
+}
+"""The known dual encoders, by name."""
+
+
+def encoder_for(model_type: str) -> EncoderSpec | None:
+    """The spec of a dual encoder's ``model_type``; None if it is not of one."""
+    return next((one for one in ENCODERS.values() if model_type in one.model_types), None)
+
+
 def spec_for(model_type: str) -> BackboneSpec:
-    """The spec of a ``model_type``.
+    """The spec of a vision-language model's ``model_type``.
 
     Raises:
         CheckpointError: if no family has it; the message lists the known ones.
@@ -270,7 +359,8 @@ def spec_for(model_type: str) -> BackboneSpec:
     for spec in SPECS.values():
         if model_type in spec.model_types:
             return spec
-    known = ", ".join(sorted(name for spec in SPECS.values() for name in spec.model_types))
+    specs = (*SPECS.values(), *ENCODERS.values())
+    known = ", ".join(sorted(name for spec in specs for name in spec.model_types))
     raise CheckpointError(
         f"model type {model_type!r} is not known (known: {known}): "
         "add a BackboneSpec for it to psa_vlm.model.families.SPECS, see docs/add-a-backbone.md"

@@ -13,7 +13,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 from psa_vlm.errors import CheckpointError, InputError
-from psa_vlm.model.tokens import guard_of
+from psa_vlm.model.tokens import guard_of, image_mark
 
 if TYPE_CHECKING:
     from psa_vlm.data.sample import Turn
@@ -38,7 +38,7 @@ class PromptBuilder:
     def __init__(self, processor: Any, image: str | int, max_tokens: int) -> None:
         self.processor = processor
         self.tokenizer = processor.tokenizer
-        self.mark: str = processor.image_token
+        self.mark = image_mark(processor)
         self.image = self.mark * image if isinstance(image, int) else image
         self.max_tokens = max_tokens
         self._expected = lru_cache(REMEMBERED)(self._count_structure)
@@ -85,15 +85,22 @@ class PromptBuilder:
         """Chat messages of plain words: :meth:`psa_vlm.model.backbone.Backbone.messages`."""
         return self._checked(turns, images, hint)[0]
 
+    def questions(
+        self, conversations: Sequence[Sequence[Turn]], hints: Sequence[str | None] | None
+    ) -> list[str]:
+        """The last words of the user with the hint, as the prompts hold them."""
+        guard = guard_of(self.processor)
+        rows = zip(conversations, hints or [None] * len(conversations), strict=True)
+        return [_hinted(guard.clean(turns[-1].text), hint) for turns, hint in rows]
+
     def _checked(
         self, turns: Sequence[Turn], images: int, hint: str | None
     ) -> tuple[list[dict[str, Any]], str, list[int]]:
         """Messages in which no text can pass for structure, their prompt, and its ids."""
-        if not turns or turns[-1].role != "user":
-            raise InputError("the conversation must end with a turn of the user")
+        check_conversation(turns)
         guard = guard_of(self.processor)
         roles, texts = [turn.role for turn in turns], [guard.clean(turn.text) for turn in turns]
-        messages = _messages(roles, texts, images, hint)
+        messages = chat(roles, texts, images, hint)
         prompt = self._render(messages, add_generation_prompt=True)
         ids = self._ids(prompt)
         if self._expected(guard, tuple(roles), images, hint) != guard.structure(ids):
@@ -147,7 +154,7 @@ class PromptBuilder:
 
     def _ids(self, text: str, add_special_tokens: bool = True) -> list[int]:
         begin = self.tokenizer.bos_token
-        has_begin = begin is not None and text.startswith(begin)
+        has_begin = begin is not None and begin in text  # some templates put images before it
         ids: list[int] = self.tokenizer(
             text, add_special_tokens=add_special_tokens and not has_begin, verbose=False
         )["input_ids"]
@@ -163,7 +170,7 @@ class PromptBuilder:
             InputError: if it leaves out a turn.
         """
         texts = [f"qz{index}qz" for index in range(len(roles))]
-        prompt = self._render(_messages(roles, texts, images, hint), add_generation_prompt=True)
+        prompt = self._render(chat(roles, texts, images, hint), add_generation_prompt=True)
         if any(prompt.count(text) != 1 for text in texts):
             raise InputError(f"{_untaken(roles)}: it leaves out words")
         found = guard.structure(self._ids(prompt))
@@ -196,16 +203,30 @@ class PromptBuilder:
         return {name: torch.tensor(column) for name, column in columns.items()}
 
 
-def _messages(
+def check_conversation(turns: Sequence[Turn]) -> None:
+    """See that there is something to answer.
+
+    Raises:
+        InputError: if the last turn is not the user's.
+    """
+    if not turns or turns[-1].role != "user":
+        raise InputError("the conversation must end with a turn of the user")
+
+
+def chat(
     roles: Sequence[str], texts: Sequence[str], images: int, hint: str | None
 ) -> list[dict[str, Any]]:
     """Chat messages: images before the first user's words, the hint on a line after the last."""
-    texts = [*texts[:-1], texts[-1] if hint is None else f"{texts[-1]}\n{hint}"]
+    texts = [*texts[:-1], _hinted(texts[-1], hint)]
     contents = [[{"type": "text", "text": text}] for text in texts]
     contents[roles.index("user")][:0] = [{"type": "image"}] * images
     return [
         {"role": role, "content": content} for role, content in zip(roles, contents, strict=True)
     ]
+
+
+def _hinted(text: str, hint: str | None) -> str:
+    return text if hint is None else f"{text}\n{hint}"
 
 
 def _untaken(roles: Iterable[str]) -> str:

@@ -24,10 +24,17 @@ BREAKS = ("\u200b", "\u2060", "\u00b7", " ")
 REMEMBERED = 32
 """Texts of which a guard remembers the outcome: verdict and prompt ask for the same one."""
 _INVISIBLE = {"Cc", "Cf", "Mn", "Me", "Zs", "Zl", "Zp"}
+_SEAM = "\0"
+"""Stands for a special token where the text around it is looked at."""
 _SENTINELS = ("qzaqz", "qzbqz", "qzcqz", "qzdqz")
 
 
 # --- the vocabulary entries ----------------------------------------------------------------------
+
+
+def image_mark(processor: Any) -> str:
+    """What stands for an image, or for one of its positions, in the text of a prompt."""
+    return str(processor.image_token)  # some processors hold it as a token of their tokenizer
 
 
 def safety_token_ids(tokenizer: Any) -> tuple[int, ...]:
@@ -55,7 +62,9 @@ def add_safety_tokens(backbone: Backbone, count: int = 64, seed: int = 0) -> tup
     Raises:
         ConfigError: if ``count`` is below 1, or the backbone has another number of them already.
         CheckpointError: if the chat template does not write its image mark literally.
+        NoLanguageModel: the backbone is a dual encoder.
     """
+    backbone.check_writes("a safety token")
     if count < 1:
         raise ConfigError(f"{count} safety tokens asked for: give a number of 1 or more")
     model, processor, tokenizer = backbone.model, backbone.processor, backbone.tokenizer
@@ -94,6 +103,15 @@ def put_rows(backbone: Backbone, rows: torch.Tensor) -> None:
     weight[list(ids)] = rows.to(weight)
 
 
+def get_rows(backbone: Backbone) -> torch.Tensor:
+    """The embeddings of the safety tokens (2) ``[K, D]``; none before they are added."""
+    ids = list(backbone.safety_token_ids)
+    if not ids:
+        return torch.empty(0, backbone.text_width)
+    rows: torch.Tensor = backbone.model.get_input_embeddings().weight[ids]
+    return rows
+
+
 def plain_template(backbone: Backbone) -> str:
     """The chat template, safety tokens included, for the backbone's processor used by itself."""
     own: str = backbone.processor.chat_template
@@ -105,7 +123,7 @@ def plain_template(backbone: Backbone) -> str:
 
 def _with_tokens(processor: Any, template: str, names: Sequence[str]) -> str:
     """A chat template with these tokens before each image mark, checked on two images."""
-    mark, tokens = processor.image_token, "".join(names)
+    mark, tokens = image_mark(processor), "".join(names)
     if tokens + mark not in template:
         template = template.replace(mark, tokens + mark)
     content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": _SENTINELS[0]}]
@@ -259,13 +277,16 @@ def role_marks(processor: Any, specials: Iterable[str]) -> tuple[str, ...]:
     Read off a rendered conversation of sentinels. A bare word beside a special token ("user" in
     "<|im_start|>user") is no mark: without the token, which can't be forged, it is only a word.
     """
-    roles = ("user", "assistant", "user", "assistant")
-    user1, assistant1, user2, assistant2, _ = _pieces(processor, roles)
+    special = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
+
+    def pieces(*roles: str) -> list[str]:
+        return [special.sub(_SEAM, piece) for piece in _pieces(processor, roles)]
+
+    user1, assistant1, user2, assistant2, _ = pieces("user", "assistant", "user", "assistant")
     headers = [_common_suffix(user1, user2), _common_suffix(assistant1, assistant2)]
     with suppress(TemplateError, CheckpointError):  # a template may refuse or drop system turns
-        headers.append(_pieces(processor, ("system", "user"))[0])
-    split = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
-    parts = {part.strip() for header in headers for part in split.split(header)}
+        headers.append(pieces("system", "user")[0])
+    parts = {part.strip() for header in headers for part in header.split(_SEAM)}
     return tuple(sorted(filter(_looks_like_mark, parts)))
 
 

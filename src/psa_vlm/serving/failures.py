@@ -9,7 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from psa_vlm.errors import AuditError, InputError, Overloaded, RequestError
+from psa_vlm.errors import AuditError, InputError, NoLanguageModel, Overloaded, RequestError
 from psa_vlm.serving import protocol
 
 _logger = logging.getLogger(__name__)
@@ -20,6 +20,8 @@ def told(error: Exception) -> RequestError:
     match error:
         case RequestError():
             return error
+        case NoLanguageModel():
+            return RequestError(str(error), None, "no_language_model", 501)
         case InputError():
             return RequestError(str(error))
         case Overloaded():

@@ -145,6 +145,7 @@ class InProcess:
         return await self._put(ask, answers=False).assessed
 
     async def answer(self, ask: Ask) -> Answer:
+        self.model.backbone.check_writes("chat")
         job = self._put(ask, answers=True)
         verdict, decision = await job.assessed
         if decision.action == "refuse":

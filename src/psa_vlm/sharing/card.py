@@ -14,6 +14,7 @@ from psa_vlm.errors import CheckpointError
 from psa_vlm.model.calibration import FILE as CALIBRATION
 from psa_vlm.model.calibration import Calibration
 from psa_vlm.model.checkpoint import home, read_manifest
+from psa_vlm.model.families import encoder_for
 from psa_vlm.policy.policy import Policy
 from psa_vlm.sharing import provenance
 from psa_vlm.taxonomy import Taxonomy
@@ -35,11 +36,11 @@ def write_card(folder: Path) -> None:
     run = home(folder)
     known = provenance.load(run)
     base = known["base"]
-    exported = run != folder
+    exported, writes = run != folder, _writes(read_manifest(folder))
     data = ModelCardData(
         library_name="transformers" if exported else "psa-vlm",
         base_model=base["id"],
-        pipeline_tag="image-text-to-text",
+        pipeline_tag="image-text-to-text" if writes else None,
         tags=TAGS,
         **{key: base[key] for key in provenance.TERMS},
     )
@@ -62,6 +63,7 @@ def _values(folder: Path, known: Mapping[str, Any]) -> dict[str, Any]:
     parts = {1: "concepts and safety tokens (stage I)", 2: "LoRA on the language model (stage II)"}
     return {
         "exported": run != folder,
+        "writes": _writes(manifest),
         "base": base["id"] or (base["folder"] and _cell(f"{base['folder']} (a local folder)")),
         "licence": _cell(base["license_name"] or base["license"]),
         "types": ", ".join(words.types),
@@ -76,6 +78,11 @@ def _values(folder: Path, known: Mapping[str, Any]) -> dict[str, Any]:
         "note": known["note"],
         "results": _results(run / SCORECARD),
     }
+
+
+def _writes(manifest: Mapping[str, Any]) -> bool:
+    """Whether a run has a language model; older ones do not name their base's type, and have."""
+    return encoder_for(manifest.get("model_type", "")) is None
 
 
 def _promise(calibration: Calibration) -> str:

@@ -9,6 +9,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from psa_vlm.model.head import Pooling
+from psa_vlm.model.loading import Attention, Bits
 from psa_vlm.typed_yaml import Section
 from psa_vlm.typed_yaml import load as load
 
@@ -116,6 +117,10 @@ class RunConfig(Section):
     """Of weights, order and dropout."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Of the frozen backbone; "auto" keeps its checkpoint's."""
+    attention: Attention | None = None
+    """Implementation of the backbone's attention; null leaves it to transformers."""
+    bits: Bits | None = None
+    """Quantise the frozen language model to 4 or 8 bits, on a GPU; null keeps it as it is."""
     report_to: tuple[str, ...] = ("tensorboard",)
     """Where loss curves go besides `history.json`: names that transformers knows."""
 

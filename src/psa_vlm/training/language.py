@@ -91,7 +91,7 @@ class _Answers(Task):
     """The language-model loss on the answers, with prompts as inference builds them.
 
     Args:
-        model: the backbone's model with what is trained inside it.
+        model: the backbone's model with what is trained inside it, as PEFT wraps it.
         backbone: builds prompts and encodes images.
     """
 
@@ -102,7 +102,8 @@ class _Answers(Task):
 
     def train(self, mode: bool = True) -> _Answers:
         super().train(mode)
-        self.backbone.model.get_encoder(modality="image").eval()  # frozen: no dropout in h_o
+        self.backbone.model.eval()  # no dropout on the way of the image
+        self.backbone.model.get_decoder().train(mode)
         return self
 
     def forward(self, batch: list[tuple[Dialogue, list[Image]]]) -> dict[str, Tensor]:
@@ -118,8 +119,8 @@ class _Answers(Task):
             answers=[row.answer for row in rows],
             features=features,
         )
-        encoded = {} if features is None else features.model_inputs()
-        output = self.model(**inputs, **encoded, use_cache=False)
+        arguments = self.backbone.arguments(inputs, features)
+        output = self.backbone.language(**arguments, use_cache=False)
         return {"loss": output.loss}
 
 

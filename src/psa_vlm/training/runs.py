@@ -27,7 +27,7 @@ from psa_vlm.taxonomy import Taxonomy
 from psa_vlm.training.config import RunConfig, changes
 from psa_vlm.training.features import image_key
 from psa_vlm.training.fit import History, Work, check_extras
-from psa_vlm.training.processes import is_main, main_first
+from psa_vlm.training.processes import device, is_main, main_first
 
 if TYPE_CHECKING:
     from psa_vlm.inference import PsaVlm
@@ -143,7 +143,8 @@ class Run:
             raise ConfigError(
                 f"{folder}: exists and is no training run of psa-vlm; choose another out"
             ) from None
-        if differing := changes(found, self.record):
+        unknown = {key: None for key in self.record if key not in found}  # to an older version
+        if differing := changes({**unknown, **found}, self.record):
             raise ConfigError(
                 f"{folder}: holds a run with other {', '.join(differing)}; choose another out, or"
                 " delete it"
@@ -169,9 +170,14 @@ def read_samples(config: RunConfig, taxonomy: Taxonomy) -> list[Sample]:
     ]
 
 
-def backbone_dtype(config: RunConfig) -> torch.dtype | None:
-    """What a configuration wants the backbone's weights to be; None keeps its checkpoint's."""
-    return None if config.dtype == "auto" else getattr(torch, config.dtype)
+def loading(config: RunConfig) -> dict[str, Any]:
+    """How a configuration wants the backbone to be loaded, in the process that trains it."""
+    return {
+        "dtype": None if config.dtype == "auto" else getattr(torch, config.dtype),
+        "device": device(),
+        "attention": config.attention,
+        "bits": config.bits,
+    }
 
 
 def fingerprint(samples: Sequence[Sample]) -> str:

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 from psa_vlm.data.sample import Sample
 from psa_vlm.inference import PsaVlm
-from psa_vlm.model.checkpoint import home
+from psa_vlm.model.checkpoint import home, settled
 from psa_vlm.policy.policy import Policy
 from psa_vlm.taxonomy import Taxonomy
 from psa_vlm.training.config import Stage2Config
 from psa_vlm.training.hints import saved_hints
 from psa_vlm.training.language import dialogues, train_lora
-from psa_vlm.training.processes import device, main_first
-from psa_vlm.training.runs import Run, backbone_dtype, read_samples
+from psa_vlm.training.processes import main_first
+from psa_vlm.training.runs import Run, loading, read_samples
 
 
 def run_stage2(config: Stage2Config, samples: Sequence[Sample] | None = None) -> PsaVlm:
@@ -30,16 +30,18 @@ def run_stage2(config: Stage2Config, samples: Sequence[Sample] | None = None) ->
         ConfigError: a path of the configuration is wrong, or `out` holds another run.
         DataError: samples can't be used.
         CheckpointError: the run of stage I can't be read, or a checkpoint can't be written.
+        NoLanguageModel: the run is on a dual encoder.
     """
-    dtype = backbone_dtype(config)
+    how = loading(config)
     if samples is None:
         samples = read_samples(config, Taxonomy.from_yaml(home(config.model) / "taxonomy.yaml"))
     dialogues(samples)  # what is missing shows before anything is loaded
-    model = PsaVlm.from_pretrained(config.model, dtype=dtype, device=device())
+    model = PsaVlm.from_pretrained(config.model, **how)
+    model.backbone.check_writes("stage II")
     run = Run(2, config, samples, [model.backbone.model, model.bottleneck], config.model)
     if run.finished:
         run.clean()
-        return PsaVlm.from_pretrained(run.out, dtype=dtype, device=device())
+        return PsaVlm.from_pretrained(run.out, **how)
     if config.policy:
         model.policy = Policy.load(config.policy)
         model.policy.check(model.taxonomy)
@@ -53,9 +55,7 @@ def run_stage2(config: Stage2Config, samples: Sequence[Sample] | None = None) ->
             config.misstated_hints,
             config.seed,
         )
-    model.adapter, history = train_lora(
-        model.backbone, dialogues(samples, hints), config.lora, work
-    )
-    model.adapter.merge_adapter()
+    adapter, history = train_lora(model.backbone, dialogues(samples, hints), config.lora, work)
+    model.adapter = settled(adapter)
     run.finish(model, {"lora": history})
     return model
