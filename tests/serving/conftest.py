@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import base64
 import io
+import os
+import pwd
+import shutil
+import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +19,7 @@ from typing import Any
 import pytest
 import uvicorn
 from PIL import Image
+from sqlalchemy import create_engine
 
 from psa_vlm.inference import PsaVlm
 
@@ -89,3 +95,57 @@ def breaks_after(model: PsaVlm) -> Iterator[Callable[[int, str], None]]:
     yield set_to
     for hook in hooks:
         hook.remove()
+
+
+def _postgres_programs() -> Path | None:
+    """Where the programs of a PostgreSQL server are, if anywhere."""
+    found = shutil.which("pg_ctl")
+    folders = [Path(found).parent] if found else []
+    folders += sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
+    return next((one for one in folders if (one / "initdb").is_file()), None)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    """The URL of a PostgreSQL server of our own, which listens at a socket alone."""
+    programs = _postgres_programs()
+    if programs is None:
+        pytest.skip("no PostgreSQL server is installed (looked for pg_ctl and initdb)")
+    folder = Path(tempfile.mkdtemp(prefix="psa-"))  # short: a socket's path is limited
+    user: dict[str, Any] = {}
+    if os.getuid() == 0:  # which the server refuses to run as
+        nobody = pwd.getpwnam("nobody")
+        os.chown(folder, nobody.pw_uid, nobody.pw_gid)
+        user = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
+
+    def run(program: str, *told: str) -> None:
+        command = [str(programs / program), "-D", str(folder / "data"), *told]
+        subprocess.run(command, check=True, cwd=folder, stdout=subprocess.DEVNULL, **user)
+
+    run("initdb", "-U", "psa", "-A", "trust", "-E", "UTF8", "--no-sync", "--no-locale")
+    options = f"-c listen_addresses='' -c unix_socket_directories={folder} -c fsync=off"
+    run("pg_ctl", "-l", str(folder / "log"), "-w", "-o", options, "start")
+    yield f"postgresql://psa@/postgres?host={folder}"
+    run("pg_ctl", "-m", "immediate", "-w", "stop")
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """The URL of an empty database, of one kind and of the other."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path / 'audit.db'}"
+        return
+    url = request.getfixturevalue("postgres")
+    yield url
+    execute(url, "DROP TABLE IF EXISTS records")
+
+
+def execute(url: str, statement: str) -> None:
+    """Change a database behind an audit log's back."""
+    if url.startswith("postgresql:"):
+        url = url.replace("postgresql:", "postgresql+psycopg:", 1)
+    engine = create_engine(url)
+    with engine.begin() as connection:
+        connection.exec_driver_sql(statement)
+    engine.dispose()
