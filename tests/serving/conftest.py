@@ -6,8 +6,10 @@ import base64
 import io
 import os
 import pwd
+import re
 import shutil
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -76,6 +78,21 @@ def _served(app: Any) -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join()
+
+
+@contextmanager
+def served_by_command(*told: object) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`psa-vlm serve` in a process of its own, and its address."""
+    program = "from psa_vlm.cli import main; main()"
+    command = [sys.executable, "-c", program, "serve", *map(str, told), "--port", "0"]
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        assert server.stderr is not None
+        lines = (re.search(r"http://[\d.:]+", line) for line in server.stderr)
+        yield server, next(found[0] for found in lines if found)
+    finally:
+        server.terminate()
+        server.communicate(timeout=60)
 
 
 @pytest.fixture()

@@ -78,9 +78,7 @@ def test_an_untouched_chain_verifies_and_goes_on_after_a_restart(
         ("UPDATE records SET id = 9 WHERE id = 3", "record 3 is missing"),
     ],
 )
-def test_a_changed_chain_is_noticed(
-    audit: Audit, database: str, statement: str, told: str
-) -> None:
+def test_a_changed_chain_is_noticed(audit: Audit, database: str, statement: str, told: str) -> None:
     for name in "abc":
         audit.append(entry(name))
     execute(database, statement)
