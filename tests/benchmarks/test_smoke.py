@@ -14,6 +14,7 @@ from typing import Any
 import httpx2
 import pytest
 import torch
+from starlette.testclient import TestClient
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 SMALL = {"num_hidden_layers": 1, "num_attention_heads": 2}
@@ -23,7 +24,7 @@ SMALL = {"num_hidden_layers": 1, "num_attention_heads": 2}
 def scripts(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
     """The scripts, with a real-size shape that is small."""
     monkeypatch.syspath_prepend(FOLDER)
-    names = ("common", "calibration", "inference", "prepare", "serving", "stage1")
+    names = ("common", "calibration", "inference", "plain_engine", "prepare", "serving", "stage1")
     found = {name: importlib.import_module(name) for name in names}
     vision = {"hidden_size": 16, "intermediate_size": 16, "image_size": 28, **SMALL}
     language = {"hidden_size": 16, "intermediate_size": 16, "num_key_value_heads": 2, **SMALL}
@@ -119,15 +120,35 @@ def test_serving_counts_what_came_and_what_is_not_on_record(
 
     client = functools.partial(httpx2.AsyncClient, transport=httpx2.MockTransport(reply))
     monkeypatch.setattr(serving.httpx2, "AsyncClient", client)
-    asked = serving.bodies("run")
+    asked = serving.bodies()
     load = asyncio.run(serving.drive("http://there", asked, 2, 0.5))
     facts = load.facts(0.5)
     assert facts["replies"] == facts["statuses"]["200"] == len(load.ids) > 4
-    assert (facts["broken"], facts["statuses"]["500"]) == (1, 1)
+    assert (facts["broken"], facts["statuses"]["500"], facts["server_errors"]) == (1, 1, 1)
     assert facts["p95_ms"] >= facts["p50_ms"] > 0
     assert serving.missing(log, load.ids) == 2  # the first was forgotten too
     audit.close()
     assert {one["model"] for one in asked} == {"run"}
+
+
+def test_the_plain_engine_says_what_the_service_says_when_it_allows(
+    scripts: dict[str, ModuleType], run_dir: Path
+) -> None:
+    """Or the difference between the two would not be what psa-vlm costs."""
+    from psa_vlm import Policy, PsaVlm
+
+    allow = Policy.from_text(scripts["serving"].ALLOW)
+    body = scripts["serving"].bodies()[0]
+    image, text = body["messages"][0]["content"]
+    picture = scripts["plain_engine"].picture(image["image_url"]["url"])
+    app = scripts["plain_engine"].create_app(run_dir)
+    with TestClient(app) as client:
+        reply = client.post("/v1/chat/completions", json=body).json()
+    ours = PsaVlm.from_pretrained(run_dir).reply(
+        picture, text["text"], allow, max_new_tokens=body["max_tokens"]
+    )
+    assert ours.decision.action == "allow"
+    assert reply["choices"][0]["message"]["content"] == ours.text != ""
 
 
 def test_the_real_size_needs_cuda(
