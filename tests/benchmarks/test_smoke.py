@@ -7,6 +7,7 @@ import functools
 import importlib
 import io
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -129,6 +130,32 @@ def test_serving_counts_what_came_and_what_is_not_on_record(
     assert serving.missing(log, load.ids) == 2  # the first was forgotten too
     audit.close()
     assert {one["model"] for one in asked} == {"run"}
+
+
+def test_serving_finds_the_address_of_what_it_starts(scripts: dict[str, ModuleType]) -> None:
+    program = "import sys, time; print('at http://127.0.0.1:1', file=sys.stderr, flush=True)"
+    served = scripts["serving"].served
+    with served(sys.executable, "-c", f"{program}; time.sleep(60)") as (process, url, seconds):
+        assert (url, process.poll()) == ("http://127.0.0.1:1/v1", None) and seconds > 0
+    assert process.poll() is not None
+    with pytest.raises(SystemExit, match="did not start:\nno model"):
+        served(sys.executable, "-c", "raise SystemExit('no model')").__enter__()
+
+
+def test_serving_tells_what_psa_vlm_costs_and_fails_on_a_5xx(
+    scripts: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    serving, out = scripts["serving"], tmp_path / "out.json"
+    good = {"replies": 9, "p50_ms": 12.0, "p95_ms": 30.0, "server_errors": 0, "not_on_record": 0}
+    plain = {"replies": 9, "p50_ms": 10.0, "p95_ms": 20.0, "server_errors": 0}
+    monkeypatch.setattr(serving, "measure", lambda *_: {"load": good, "killed": good})
+    monkeypatch.setattr(serving, "compare", lambda *_: {"allowed": good, "plain": plain})
+    serving.main(["run", "--plain", "--json", str(out)])
+    assert json.loads(out.read_text())["overhead"] == {"p50_ms": 2.0, "p95_ms": 10.0}
+    for bad in ("server_errors", "not_on_record"):
+        monkeypatch.setattr(serving, "measure", lambda *_, bad=bad: {"killed": good | {bad: 1}})
+        with pytest.raises(SystemExit, match="a 5xx, or a reply is not on record"):
+            serving.main(["run", "--json", str(out)])
 
 
 def test_the_plain_engine_says_what_the_service_says_when_it_allows(
