@@ -1,13 +1,15 @@
 """Does the service hold under load? Many clients at once, and a `kill -9` in the middle.
 
-    python benchmarks/serving.py runs/demo/stage2                # 50 clients, two minutes each part
-    python benchmarks/serving.py runs/demo/stage2 --seconds 10 --clients 8
-    python benchmarks/serving.py runs/demo/stage2 --plain http://127.0.0.1:9000/v1 --name exported
+    python benchmarks/serving.py runs/demo/stage2 --plain   # 50 clients, 2 minutes each part
+    python benchmarks/serving.py runs/demo/stage2 --plain --seconds 10 --clients 8
 
 The service runs in a process of its own. First part: load, and then a look into the audit log for
 every reply that a client received. Second part: the same load, ended by `kill -9`; again every
 reply must be in the log, its chain must be whole, and the service must be back soon. With `--plain`
-another OpenAI-compatible engine is put under the same load, to see what psa-vlm adds.
+come two more: the service under a policy that allows everything, and the same engine without
+psa-vlm (`plain_engine.py`). Both give the same answers, so the difference is what psa-vlm costs.
+
+It fails if a client got a 5xx, or a reply is not on record.
 """
 
 from __future__ import annotations
@@ -38,7 +40,10 @@ from common import RESULTS, write
 from psa_vlm.serving.server import open_audit
 from psa_vlm.testbed.cases import evaluation_samples
 
-PROGRAM = "from psa_vlm.cli import main; main()"
+SERVE = [sys.executable, "-c", "from psa_vlm.cli import main; main()", "serve"]
+PLAIN = [sys.executable, Path(__file__).with_name("plain_engine.py")]
+ALLOW = 'name: allow\ninherits: default\nrules: {"*": {low: allow, medium: allow, high: allow}}\n'
+NAME = "run"
 TOKENS = 24
 
 
@@ -59,12 +64,13 @@ class Load:
             "per_second": round(len(self.ids) / lasted, 2),
             "p50_ms": round(cuts[9] * 1000, 1),
             "p95_ms": round(cuts[18] * 1000, 1),
+            "server_errors": sum(n for status, n in self.statuses.items() if status >= 500),
             "statuses": {str(status): count for status, count in self.statuses.items()},
             "broken": self.lost,
         }
 
 
-def bodies(name: str) -> list[dict[str, Any]]:
+def bodies() -> list[dict[str, Any]]:
     """Requests about scenes of the testbed, risky ones and others."""
     made = []
     for cell in ("harmless", "risky"):
@@ -77,7 +83,7 @@ def bodies(name: str) -> list[dict[str, Any]]:
                 {"type": "text", "text": sample.question},
             ]
             messages = [{"role": "user", "content": content}]
-            made.append({"model": name, "messages": messages, "max_tokens": TOKENS})
+            made.append({"model": NAME, "messages": messages, "max_tokens": TOKENS})
     return made
 
 
@@ -109,26 +115,22 @@ async def drive(url: str, asked: Sequence[dict[str, Any]], clients: int, seconds
 
 
 @contextlib.contextmanager
-def served(run: Path, log: Path, name: str) -> Iterator[tuple[subprocess.Popen[str], str, float]]:
-    """The service in a process of its own: it, its address, and the seconds until it listened."""
+def served(*command: object) -> Iterator[tuple[subprocess.Popen[bytes], str, float]]:
+    """A service in a process of its own: it, its address, and the seconds until it listened."""
     start = time.monotonic()
-    command = ["serve", "--model", run, "--audit", log, "--name", name, "--port", "0"]
-    process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, *map(str, command)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stderr is not None
-    try:
-        lines = (re.search(r"http://[\d.:]+", line) for line in process.stderr)
-        address = next((found[0] for found in lines if found), None)
-        if address is None:
-            raise SystemExit("the service did not start; run psa-vlm serve to see why")
-        yield process, f"{address}/v1", time.monotonic() - start
-    finally:
-        process.terminate()
-        process.communicate()
+    with tempfile.NamedTemporaryFile() as log:
+        process = subprocess.Popen(
+            list(map(str, command)), stdout=subprocess.DEVNULL, stderr=log.file
+        )
+        try:
+            while not (found := re.search(r"http://[\d.:]+", Path(log.name).read_text())):
+                if process.poll() is not None:
+                    raise SystemExit(f"the service did not start:\n{Path(log.name).read_text()}")
+                time.sleep(0.05)
+            yield process, f"{found[0]}/v1", time.monotonic() - start
+        finally:
+            process.terminate()
+            process.wait()
 
 
 def missing(log: Path, ids: Sequence[str]) -> int:
@@ -148,19 +150,38 @@ async def killed(
     return await load
 
 
+def loaded(url: str, asked: Any, clients: int, seconds: float) -> Load:
+    """A load after a first request, which is slow."""
+    asyncio.run(drive(url, asked, 1, 0.1))
+    return asyncio.run(drive(url, asked, clients, seconds))
+
+
 def measure(run: Path, clients: int, seconds: float, folder: Path) -> dict[str, Any]:
-    name, log = "run", folder / "audit.db"
-    asked = bodies(name)
-    with served(run, log, name) as (_, url, _):
-        asyncio.run(drive(url, asked, 1, 0.1))  # the first request is slow
-        load = asyncio.run(drive(url, asked, clients, seconds))
+    """Load, and load with a kill."""
+    log, asked = folder / "audit.db", bodies()
+    command = (*SERVE, "--model", run, "--name", NAME, "--port", 0, "--audit", log)
+    with served(*command) as (_, url, _):
+        load = loaded(url, asked, clients, seconds)
     facts = {"load": load.facts(seconds) | {"not_on_record": missing(log, load.ids)}}
-    with served(run, log, name) as (process, url, _):
+    with served(*command) as (process, url, _):
         load = asyncio.run(killed(process, url, asked, clients, seconds))
-    with served(run, log, name) as (_, url, start):
+    with served(*command) as (_, url, start):
         asyncio.run(drive(url, asked, 1, 0.1))
     lost = {"not_on_record": missing(log, load.ids), "restart_seconds": round(start, 1)}
     return {**facts, "killed": load.facts(seconds) | lost}
+
+
+def compare(run: Path, clients: int, seconds: float, folder: Path) -> dict[str, Any]:
+    """The service where it allows everything, and its engine without it."""
+    log, policy, asked = folder / "allowed.db", folder / "allow.yaml", bodies()
+    policy.write_text(ALLOW)
+    command = (*SERVE, "--model", run, "--name", NAME, "--port", 0, "--audit", log)
+    with served(*command, "--policy", policy) as (_, url, _):
+        load = loaded(url, asked, clients, seconds)
+    allowed = load.facts(seconds) | {"not_on_record": missing(log, load.ids)}
+    with served(*PLAIN, run) as (_, url, _):
+        plain = loaded(url, asked, clients, seconds).facts(seconds)
+    return {"allowed": allowed, "plain": plain}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -168,27 +189,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("run", type=Path, help="a run on the testbed's base model")
     parser.add_argument("--clients", type=int, default=50, help="at once (50)")
     parser.add_argument("--seconds", type=float, default=120, help="of each part (120)")
-    parser.add_argument("--plain", metavar="URL", help="an engine without psa-vlm, to compare with")
-    parser.add_argument("--name", default="run", help="what that engine calls its model")
+    parser.add_argument("--plain", action="store_true", help="measure what psa-vlm costs, too")
     parser.add_argument("--json", type=Path, metavar="FILE", help="default: a file in results/")
     options = parser.parse_args(argv)
+    told = (options.run, options.clients, options.seconds)
     with tempfile.TemporaryDirectory() as folder:
-        parts = measure(options.run, options.clients, options.seconds, Path(folder))
-    if options.plain:
-        asked = bodies(options.name)
-        load = asyncio.run(drive(options.plain, asked, options.clients, options.seconds))
-        parts["plain"] = load.facts(options.seconds)
+        parts = measure(*told, Path(folder))
+        if options.plain:
+            parts |= compare(*told, Path(folder))
     table = Table("", *parts)
     for fact in parts["killed"]:
         table.add_row(fact, *(str(facts.get(fact, "")) for facts in parts.values()))
+    if options.plain:
+        costs = {
+            name: round(parts["allowed"][name] - parts["plain"][name], 1)
+            for name in ("p50_ms", "p95_ms")
+        }
+        table.caption = "psa-vlm adds {p50_ms} ms at the median, {p95_ms} ms at the 95%".format(
+            **costs
+        )
+        parts["overhead"] = costs
     Console().print(table)
     path = options.json or RESULTS / "serving.json"
-    figures = {
-        "clients": options.clients,
-        "seconds": options.seconds,
-        **parts,
-    }
+    figures = {"clients": options.clients, "seconds": options.seconds, **parts}
     write(path, "serving", figures, argv, packages=["fastapi", "uvicorn", "sqlalchemy"])
+    if any(part.get("server_errors") or part.get("not_on_record") for part in parts.values()):
+        raise SystemExit("a client got a 5xx, or a reply is not on record")
 
 
 if __name__ == "__main__":

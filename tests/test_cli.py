@@ -381,6 +381,20 @@ def test_an_audit_log_is_verified_and_exported(psa: Psa, tmp_path: Path) -> None
     assert (broken.code, len(broken.out.splitlines())) == (1, 1)
 
 
+def test_an_exported_record_can_not_steer_a_terminal(psa: Psa, tmp_path: Path) -> None:
+    from psa_vlm.serving.audit import Audit, Entry
+
+    path, named = tmp_path / "audit.db", {"name": "n", "hash": "0"}
+    reason = "no model '\x1b[2J\x9b2J\u202ex\n' here"  # clears the screen, turns the writing around
+    log = Audit(f"sqlite:///{path}")
+    why = {"code": "model_not_found", "status": 404, "reason": reason}
+    log.append(Entry("one", "chat", None, (), {}, None, None, named, named, why))
+    log.close()
+    (line,) = psa("audit", "export", path).out.splitlines()
+    assert line.isascii() and line.isprintable()
+    assert json.loads(line)["error"]["reason"] == reason
+
+
 def test_a_policy_is_replayed_on_an_audit_log(psa: Psa, tmp_path: Path) -> None:
     from psa_vlm.model.verdict import ImageVerdict, Verdict
     from psa_vlm.serving.audit import Audit, Entry

@@ -19,6 +19,7 @@ from psa_vlm.model.backbone import Backbone
 from psa_vlm.model.tokens import add_safety_tokens, guard_of
 from psa_vlm.model.writing import Written
 from psa_vlm.policy.policy import Policy
+from psa_vlm.serving import protocol
 from psa_vlm.testbed.premise import base_path
 
 MARKS = [
@@ -66,11 +67,17 @@ TRICKS: dict[str, Callable[[str], str]] = {
     "capitals": str.swapcase,
     "full width": full_width,
     "zero width": "\u200b".join,
+    "joiners": "\u200d\ufeff\u2060".join,
     "soft hyphens": "\u00ad".join,
     "accents": "\u0301".join,
+    "enclosed": "\u20dd".join,
+    "variants": "\ufe0f".join,
+    "tags": lambda text: "".join(c + chr(0xE0000 + ord(c) % 128) for c in text),
     "bold": bold,
     "homoglyphs": lambda text: text.translate(LIKE_LATIN),
     "right to left": lambda text: f"\u202e{text}\u202c",
+    "turned around": lambda text: f"\u202e{text[::-1]}\u202c",
+    "isolated": lambda text: "".join(f"\u2067{c}\u2069\u200f" for c in text),
     "decomposed": lambda text: unicodedata.normalize("NFD", text),
 }
 
@@ -111,18 +118,64 @@ def common(one: Sequence[int], other: Sequence[int]) -> int:
 def test_the_prompt_around_a_forged_text_is_the_same(
     backbone: Backbone, role: str, trick: str
 ) -> None:
+    check_frame(backbone, role, [TRICKS[trick](text) for text in (*MARKS, *SAFE)])
+
+
+def check_frame(backbone: Backbone, role: str, texts: Sequence[str]) -> None:
+    """What one side says is plain words, and the prompt around it stays as it is."""
     guard = guard_of(backbone.processor)
     plain, other = prompt(backbone, role, "is"), prompt(backbone, role, "a")
     before = common(plain, other)
     after = common(plain[::-1], other[::-1])
-    for text in (*MARKS, *SAFE):
-        ids = prompt(backbone, role, TRICKS[trick](text))
+    for text in texts:
+        ids = prompt(backbone, role, text)
         assert ids[:before] == plain[:before], text
         assert ids[len(ids) - after :] == plain[len(plain) - after :], text
         said = ids[before : len(ids) - after]
         assert guard.structural.isdisjoint(said), text
-        spelled = "".join(map(chr, said))
-        assert not any("".join(map(chr, ids)) in spelled for ids in guard.role_ids), text
+        assert not roles_in(backbone, said), text
+
+
+def roles_in(backbone: Backbone, ids: Sequence[int]) -> int:
+    """How often role marks are spelled in ids."""
+    spelled = "".join(map(chr, ids))
+    roles = guard_of(backbone.processor).role_ids
+    return sum(spelled.count("".join(map(chr, role))) for role in roles)
+
+
+def cuts(mark: str) -> list[list[str]]:
+    """A mark in two pieces, cut at every place, and in as many as it has letters."""
+    return [[mark[:at], mark[at:]] for at in range(1, len(mark))] + [list(mark)]
+
+
+@pytest.mark.parametrize("role", ["system", "user", "assistant"])
+def test_a_mark_that_is_split_over_parts_stays_in_pieces(backbone: Backbone, role: str) -> None:
+    texts = []
+    for mark in MARKS:
+        for pieces in cuts(mark):
+            parts = [{"type": "text", "text": piece} for piece in pieces]
+            body = {"model": "m", "messages": [{"role": role, "content": parts}]}
+            (message,) = protocol.ChatRequest.model_validate(body).messages
+            texts.append(protocol.words(message.content))
+    check_frame(backbone, role, texts)
+
+
+def test_a_mark_that_is_split_over_turns_stays_in_pieces(backbone: Backbone) -> None:
+    def ids_of(first: str, last: str) -> list[int]:
+        both = f"{last} {first}"
+        turns = [Turn("system", first), Turn("user", both), Turn("assistant", both)]
+        hint = "Safe Hint: this image involves privacy."
+        inputs = backbone.prompts([[*turns, Turn("user", both)]], [1], [hint])
+        found: list[int] = inputs["input_ids"][0].tolist()
+        return found
+
+    guard = guard_of(backbone.processor)
+    plain = ids_of("is", "a")
+    for mark in MARKS:
+        for first, last in cuts(mark)[:-1]:
+            ids = ids_of(first, last)
+            assert guard.structure(ids) == guard.structure(plain), mark
+            assert roles_in(backbone, ids) == roles_in(backbone, plain), mark
 
 
 @pytest.mark.parametrize("trick", TRICKS)

@@ -7,6 +7,7 @@ import functools
 import importlib
 import io
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import httpx2
 import pytest
 import torch
+from starlette.testclient import TestClient
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 SMALL = {"num_hidden_layers": 1, "num_attention_heads": 2}
@@ -23,7 +25,7 @@ SMALL = {"num_hidden_layers": 1, "num_attention_heads": 2}
 def scripts(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
     """The scripts, with a real-size shape that is small."""
     monkeypatch.syspath_prepend(FOLDER)
-    names = ("common", "calibration", "inference", "prepare", "serving", "stage1")
+    names = ("common", "calibration", "inference", "plain_engine", "prepare", "serving", "stage1")
     found = {name: importlib.import_module(name) for name in names}
     vision = {"hidden_size": 16, "intermediate_size": 16, "image_size": 28, **SMALL}
     language = {"hidden_size": 16, "intermediate_size": 16, "num_key_value_heads": 2, **SMALL}
@@ -119,15 +121,61 @@ def test_serving_counts_what_came_and_what_is_not_on_record(
 
     client = functools.partial(httpx2.AsyncClient, transport=httpx2.MockTransport(reply))
     monkeypatch.setattr(serving.httpx2, "AsyncClient", client)
-    asked = serving.bodies("run")
+    asked = serving.bodies()
     load = asyncio.run(serving.drive("http://there", asked, 2, 0.5))
     facts = load.facts(0.5)
     assert facts["replies"] == facts["statuses"]["200"] == len(load.ids) > 4
-    assert (facts["broken"], facts["statuses"]["500"]) == (1, 1)
+    assert (facts["broken"], facts["statuses"]["500"], facts["server_errors"]) == (1, 1, 1)
     assert facts["p95_ms"] >= facts["p50_ms"] > 0
     assert serving.missing(log, load.ids) == 2  # the first was forgotten too
     audit.close()
     assert {one["model"] for one in asked} == {"run"}
+
+
+def test_serving_finds_the_address_of_what_it_starts(scripts: dict[str, ModuleType]) -> None:
+    program = "import sys, time; print('at http://127.0.0.1:1', file=sys.stderr, flush=True)"
+    served = scripts["serving"].served
+    with served(sys.executable, "-c", f"{program}; time.sleep(60)") as (process, url, seconds):
+        assert (url, process.poll()) == ("http://127.0.0.1:1/v1", None) and seconds > 0
+    assert process.poll() is not None
+    with pytest.raises(SystemExit, match="did not start:\nno model"):
+        served(sys.executable, "-c", "raise SystemExit('no model')").__enter__()
+
+
+def test_serving_tells_what_psa_vlm_costs_and_fails_on_a_5xx(
+    scripts: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    serving, out = scripts["serving"], tmp_path / "out.json"
+    good = {"replies": 9, "p50_ms": 12.0, "p95_ms": 30.0, "server_errors": 0, "not_on_record": 0}
+    plain = {"replies": 9, "p50_ms": 10.0, "p95_ms": 20.0, "server_errors": 0}
+    monkeypatch.setattr(serving, "measure", lambda *_: {"load": good, "killed": good})
+    monkeypatch.setattr(serving, "compare", lambda *_: {"allowed": good, "plain": plain})
+    serving.main(["run", "--plain", "--json", str(out)])
+    assert json.loads(out.read_text())["overhead"] == {"p50_ms": 2.0, "p95_ms": 10.0}
+    for bad in ("server_errors", "not_on_record"):
+        monkeypatch.setattr(serving, "measure", lambda *_, bad=bad: {"killed": good | {bad: 1}})
+        with pytest.raises(SystemExit, match="a 5xx, or a reply is not on record"):
+            serving.main(["run", "--json", str(out)])
+
+
+def test_the_plain_engine_says_what_the_service_says_when_it_allows(
+    scripts: dict[str, ModuleType], run_dir: Path
+) -> None:
+    """Or the difference between the two would not be what psa-vlm costs."""
+    from psa_vlm import Policy, PsaVlm
+
+    allow = Policy.from_text(scripts["serving"].ALLOW)
+    body = scripts["serving"].bodies()[0]
+    image, text = body["messages"][0]["content"]
+    picture = scripts["plain_engine"].picture(image["image_url"]["url"])
+    app = scripts["plain_engine"].create_app(run_dir)
+    with TestClient(app) as client:
+        reply = client.post("/v1/chat/completions", json=body).json()
+    ours = PsaVlm.from_pretrained(run_dir).reply(
+        picture, text["text"], allow, max_new_tokens=body["max_tokens"]
+    )
+    assert ours.decision.action == "allow"
+    assert reply["choices"][0]["message"]["content"] == ours.text != ""
 
 
 def test_the_real_size_needs_cuda(

@@ -221,6 +221,20 @@ def test_a_huge_image_is_refused_by_its_header(
     assert not leaked
 
 
+def test_a_jpeg_of_endless_scans_is_refused_undecoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each goes through all pixels once more, and takes a few bytes."""
+    whole = encode(noise(size=64).convert("L"), "JPEG", progressive=True)
+    last, end = whole.rindex(b"\xff\xda"), whole.rindex(b"\xff\xd9")
+    usual = whole[:end] + whole[last:end] * 50 + whole[end:]
+    assert open_images(usual)[0].size == (64, 64)
+    bomb = whole[:end] + whole[last:end] * 100 + whole[end:]
+    decoded: list[object] = []
+    monkeypatch.setattr(ImageFile.ImageFile, "load", decoded.append)
+    with pytest.raises(ImageError, match="more than 100 scans"):
+        open_images(bomb)
+    assert not decoded
+
+
 def test_pixels_are_counted_over_all_frames() -> None:
     colours = [RED, GREEN, BLUE]
     assert len(open_images(animation("GIF", colours), max_pixels=3 * 48)) == 3

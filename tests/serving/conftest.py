@@ -4,6 +4,13 @@ from __future__ import annotations
 
 import base64
 import io
+import os
+import pwd
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +21,7 @@ from typing import Any
 import pytest
 import uvicorn
 from PIL import Image
+from sqlalchemy import create_engine
 
 from psa_vlm.inference import PsaVlm
 
@@ -72,6 +80,21 @@ def _served(app: Any) -> Iterator[str]:
         thread.join()
 
 
+@contextmanager
+def served_by_command(*told: object) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`psa-vlm serve` in a process of its own, and its address."""
+    program = "from psa_vlm.cli import main; main()"
+    command = [sys.executable, "-c", program, "serve", *map(str, told), "--port", "0"]
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        assert server.stderr is not None
+        lines = (re.search(r"http://[\d.:]+", line) for line in server.stderr)
+        yield server, next(found[0] for found in lines if found)
+    finally:
+        server.terminate()
+        server.communicate(timeout=60)
+
+
 @pytest.fixture()
 def breaks_after(model: PsaVlm) -> Iterator[Callable[[int, str], None]]:
     """Lets the language model fail, with a reason, at its first step after so many."""
@@ -89,3 +112,57 @@ def breaks_after(model: PsaVlm) -> Iterator[Callable[[int, str], None]]:
     yield set_to
     for hook in hooks:
         hook.remove()
+
+
+def _postgres_programs() -> Path | None:
+    """Where the programs of a PostgreSQL server are, if anywhere."""
+    found = shutil.which("pg_ctl")
+    folders = [Path(found).parent] if found else []
+    folders += sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
+    return next((one for one in folders if (one / "initdb").is_file()), None)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    """The URL of a PostgreSQL server of our own, which listens at a socket alone."""
+    programs = _postgres_programs()
+    if programs is None:
+        pytest.skip("no PostgreSQL server is installed (looked for pg_ctl and initdb)")
+    folder = Path(tempfile.mkdtemp(prefix="psa-"))  # short: a socket's path is limited
+    user: dict[str, Any] = {}
+    if os.getuid() == 0:  # which the server refuses to run as
+        nobody = pwd.getpwnam("nobody")
+        os.chown(folder, nobody.pw_uid, nobody.pw_gid)
+        user = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
+
+    def run(program: str, *told: str) -> None:
+        command = [str(programs / program), "-D", str(folder / "data"), *told]
+        subprocess.run(command, check=True, cwd=folder, stdout=subprocess.DEVNULL, **user)
+
+    run("initdb", "-U", "psa", "-A", "trust", "-E", "UTF8", "--no-sync", "--no-locale")
+    options = f"-c listen_addresses='' -c unix_socket_directories={folder} -c fsync=off"
+    run("pg_ctl", "-l", str(folder / "log"), "-w", "-o", options, "start")
+    yield f"postgresql://psa@/postgres?host={folder}"
+    run("pg_ctl", "-m", "immediate", "-w", "stop")
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """The URL of an empty database, of one kind and of the other."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path / 'audit.db'}"
+        return
+    url = request.getfixturevalue("postgres")
+    yield url
+    execute(url, "DROP TABLE IF EXISTS records")
+
+
+def execute(url: str, statement: str) -> None:
+    """Change a database behind an audit log's back."""
+    if url.startswith("postgresql:"):
+        url = url.replace("postgresql:", "postgresql+psycopg:", 1)
+    engine = create_engine(url)
+    with engine.begin() as connection:
+        connection.exec_driver_sql(statement)
+    engine.dispose()

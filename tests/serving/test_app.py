@@ -107,7 +107,7 @@ def test_a_reply_carries_verdict_decision_and_record(
     assert psa["policy"] == {"name": "house", "hash": POLICY.hash}
     assert psa["timings"]["total_ms"] >= psa["timings"]["verdict_ms"] > 0
     (record,) = audit.records()
-    assert record["request"] == reply["id"]
+    assert (record["request"], record["hash"]) == (reply["id"], psa["record"])
     assert record["images"] == [psa["images"][0]["sha256"]]
     assert record["decision"] == psa["decision"]
     assert record["scores"]["privacy"] > 0.9
@@ -284,6 +284,9 @@ def test_what_cannot_be_served_is_named_and_computes_nothing(
     )
     assert error(post(chat("http://127.0.0.1/a.png")), 400)["code"] == "remote_image"
     assert "tokens long" in error(post(chat(make_url(), text="a" * 9000)), 400)["message"]
+    assert error(post(chat(make_url(), text="a" * 32_001)), 400)["code"] == "text_too_long"
+    echo = error(post(chat(model="m" * 100_000)), 404)["message"]
+    assert echo.startswith("there is no model 'mmm") and len(echo) == 1000
     text_alone = client.post("/v1/moderations", json={"input": "Hi"})
     assert "no image" in error(text_alone, 400)["message"]
     records = list(audit.records())
@@ -293,7 +296,7 @@ def test_what_cannot_be_served_is_named_and_computes_nothing(
         "invalid_request",
         "model_not_found",
     ]
-    assert len(records) == 10  # all but the parameter that made no request of it
+    assert len(records) == 12  # all but the parameter that made no request of it
     assert all(one["decision"] is None and one["scores"] == {} for one in records)
     assert '{code="invalid_image",endpoint="chat"} 1.0' in client.get("/metrics").text
 
@@ -416,8 +419,9 @@ def test_without_keys_only_the_loopback_s_names_are_answered(serve: Serve, host:
 
 def test_what_a_web_page_may_send_unasked_is_no_request(serve: Serve, audit: Audit) -> None:
     """A browser asks before it sends JSON elsewhere, and is not allowed to; plain text it sends."""
-    plain = {"Content-Type": "text/plain"}
-    assert error(serve().post(CHAT, content=json.dumps(chat()), headers=plain), 400)
+    client = serve()
+    for headers in ({"Content-Type": "text/plain"}, {}):
+        assert error(client.post(CHAT, content=json.dumps(chat()), headers=headers), 400)
     assert audit.verify().records == 0
 
 
@@ -464,6 +468,30 @@ def test_a_bad_policy_file_leaves_the_service_as_it_was(
 
 
 # --- the rest ------------------------------------------------------------------------------------
+
+
+def test_scores_that_leave_the_calibration_are_counted_and_logged(
+    model: PsaVlm,
+    audit: Audit,
+    see: Any,
+    make_url: Any,
+    make_calibration: Any,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from psa_vlm.evaluation.drift import DriftMonitor
+
+    see("privacy", "high")
+    monkeypatch.setattr(model, "calibration", make_calibration())
+    drift = DriftMonitor(make_calibration(), window=20)
+    service = Service(InProcess(model, wait=0), Model("t", "f"), POLICY, audit, drift=drift)
+    with TestClient(create_app(service), "http://localhost") as client:
+        assert "psa_drifts_total{" not in client.get("/metrics").text
+        body = {"input": [image(make_url()), {"type": "text", "text": "Hi"}]}
+        for _ in range(20):
+            assert client.post("/v1/moderations", json=body).status_code == 200
+        assert 'psa_drifts_total{type="privacy"} 1.0' in client.get("/metrics").text
+    assert "the scores of privacy have left the calibration's" in caplog.text
 
 
 def test_the_model_is_listed_and_requests_are_counted(serve: Serve, make_url: Any) -> None:

@@ -132,3 +132,22 @@ def test_errors_have_the_form_that_clients_read(status: int, kind: str) -> None:
 
 def test_half_a_character_does_not_break_the_error_that_names_it() -> None:
     json.dumps(protocol.error_body(said(**{"\ud800": 1})), ensure_ascii=False).encode()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"messages": [0] * 200_000},
+        {"messages": [{"role": "user", "content": ""}] * 200_000},
+        {"messages": [{"role": "user", "content": [0] * 200_000}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": ""}] * 200_000}]},
+        {"messages": [{"role": "system", "content": [0] * 200_000}]},
+        {"messages": [{"role": "assistant", "content": [0] * 200_000}]},
+        {f"key {i}": 0 for i in range(200_000)},
+    ],
+)
+def test_a_body_of_mistakes_is_given_up_early(body: dict[str, Any]) -> None:
+    """Each error is an object of its own: millions of them would stop the service."""
+    with pytest.raises(ValidationError) as caught:
+        protocol.ChatRequest.model_validate({"model": "m", **body})
+    assert caught.value.error_count() < 5

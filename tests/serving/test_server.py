@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,7 @@ from psa_vlm.errors import AuditError, ConfigError, PolicyError, PsaVlmError
 from psa_vlm.serving.keys import Keys, hash_key, new_key
 from psa_vlm.serving.server import Settings, build, open_audit
 
-PROGRAM = "from psa_vlm.cli import main; main()"
+from .conftest import served_by_command
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "example.com"])
@@ -43,6 +40,18 @@ def test_a_mistake_in_the_settings_shows_at_the_start(
         build(Settings(**settings))
 
 
+def test_a_calibrated_run_is_watched_for_drift(aligned_run: Path, tmp_path: Path) -> None:
+    """With fewer risky requests than the calibration had, the limits are others."""
+    audit = str(tmp_path / "audit.db")
+    limits = []
+    for share in (None, 0.02):
+        settings = Settings(aligned_run, audit=audit, risky_share=share)
+        service = build(settings).state.service
+        service.audit.close()
+        limits.append(service.drift.limit)
+    assert limits[0] != limits[1]
+
+
 def test_a_log_that_is_not_there_is_not_made(tmp_path: Path) -> None:
     path = tmp_path / "audit.db"
     with pytest.raises(AuditError, match="no such audit log"), open_audit(str(path), existing=True):
@@ -60,17 +69,8 @@ def test_the_command_serves_reloads_and_finishes_what_it_took(
     policy.write_text(allowed + "\ntenants: {school: {}}\n")
     key = new_key()
     Keys({"school": [hash_key(key)]}).save(keys)
-    command = ["serve", "--model", run_dir, "--policy", policy, "--keys", keys, "--audit", log]
-    server = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, *map(str, command), "--port", "0"],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert server.stderr is not None
-        address = next(
-            found[0] for line in server.stderr if (found := re.search(r"http://[\d.:]+", line))
-        )
+    command = ("--model", run_dir, "--policy", policy, "--keys", keys, "--audit", log)
+    with served_by_command(*command) as (server, address):
         content = [
             {"type": "image_url", "image_url": {"url": make_url()}},
             {"type": "text", "text": "Hi"},
@@ -98,9 +98,6 @@ def test_the_command_serves_reloads_and_finishes_what_it_took(
                 server.send_signal(signal.SIGTERM)
                 rest = [line for line in lines if line]
             assert rest[-1] == "data: [DONE]" and len(rest) > 10
-    finally:
-        server.send_signal(signal.SIGTERM)
-        server.communicate(timeout=60)
     with open_audit(str(log), existing=True) as audit:
         assert [one["request"] for one in audit.records()][:2] == [
             reply.json()["id"],

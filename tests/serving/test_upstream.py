@@ -235,7 +235,13 @@ def test_an_engine_that_is_not_there(model: PsaVlm, see: Any, make_url: Any, aud
 
 
 def test_no_more_than_may_be_there_at_once(
-    model: PsaVlm, stub: Stub, see: Any, make_url: Any, audit: Audit, live: Callable[[Any], str]
+    model: PsaVlm,
+    stub: Stub,
+    see: Any,
+    make_url: Any,
+    audit: Audit,
+    live: Callable[[Any], str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     see("clean", "safe")
     engine = Upstream(InProcess(model, wait=0), live(stub.app) + "/v1", "there", most=1)
@@ -244,3 +250,13 @@ def test_no_more_than_may_be_there_at_once(
         assert client.post(CHAT, json=chat(make_url())).status_code == 200
         engine._there = 1
         assert client.post(CHAT, json=chat(make_url())).status_code == 429
+        engine._there = 0
+        decide = model.decide
+
+        def others_go_first(*told: Any) -> Any:
+            engine._there = 1
+            return decide(*told)
+
+        monkeypatch.setattr(model, "decide", others_go_first)
+        assert client.post(CHAT, json=chat(make_url())).status_code == 429
+        assert len(stub.seen) == 1

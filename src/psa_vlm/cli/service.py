@@ -57,6 +57,13 @@ def serve(
             "--remote-host", help="A host that images may be fetched from; default: none."
         ),
     ] = None,
+    risky_share: Annotated[
+        float | None,
+        typer.Option(
+            help="How many of the requests are risky (0 to 1), for the drift monitor; default: as"
+            " many as among the calibration samples.",
+        ),
+    ] = None,
     base: Base = None,
 ) -> None:
     """Serve a run through OpenAI's API, under a policy, with an audit log."""
@@ -77,6 +84,7 @@ def serve(
             upstream,
             upstream_model,
             tuple(remote or ()),
+            risky_share,
         )
     )
 
@@ -107,7 +115,7 @@ def export(log: Log) -> None:
 
     with open_audit(log, existing=True) as audit:
         for record in audit.records():
-            typer.echo(json.dumps(record, ensure_ascii=False))
+            typer.echo(json.dumps(record))  # plain letters: a terminal obeys some of the others
 
 
 @keys_app.command()

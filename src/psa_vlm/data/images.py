@@ -19,6 +19,10 @@ MAX_FRAMES = 16
 MAX_ASPECT = 100
 """Longer side by shorter: an image processor scales the shorter side to a fixed size, so that a
 thin strip of few pixels would become a huge picture there."""
+MAX_SCANS = 100
+"""Of a JPEG, which usually has ten at most: a further one takes 75 bytes, and all pixels are gone
+through once more for it."""
+_SCAN = b"\xff\xda"
 
 Source = str | Path | bytes | Image.Image
 
@@ -55,6 +59,8 @@ def open_images(
                 return _frames(source, where, max_pixels, max_frames)
             file = io.BytesIO(source) if isinstance(source, bytes) else source
             with Image.open(file, formats=FORMATS) as image:
+                if image.format in ("JPEG", "MPO"):
+                    _check_scans(source, where)
                 return _frames(image, where, max_pixels, max_frames)
         except ImageError:
             raise
@@ -65,6 +71,12 @@ def open_images(
             raise ImageError(f"{where}: not an image ({known}), or damaged at its start") from None
         except Exception as error:  # decoders raise all sorts of things on damaged files
             raise ImageError(f"{where}: damaged or truncated image ({error})") from error
+
+
+def _check_scans(source: str | Path | bytes, where: str) -> None:
+    data = source if isinstance(source, bytes) else Path(source).read_bytes()
+    if data.count(_SCAN) > MAX_SCANS:
+        raise ImageError(f"{where}: a JPEG of more than {MAX_SCANS} scans; save it anew")
 
 
 def _frames(image: Image.Image, where: str, max_pixels: int, max_frames: int) -> list[Image.Image]:

@@ -45,9 +45,7 @@ def create_app(service: Service) -> FastAPI:
 
     app = FastAPI(title="psa-vlm", lifespan=lifespan)
     app.state.service = service
-    app.add_middleware(
-        Gate, most=service.limits.body, local=service.keys is None, metrics=service.metrics
-    )
+    app.add_middleware(Gate, service=service)
     answer_errors(app)
 
     @app.post("/v1/chat/completions")

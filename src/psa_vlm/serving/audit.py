@@ -2,7 +2,8 @@
 
 The hash of a record covers all of it and the hash of the one before, so a record that is changed,
 taken out or put in breaks the chain. Who can write the database could compute the whole chain
-anew, or cut off its end: keep a head (as `verify` gives it) elsewhere, and verify against it.
+anew, or cut off its end. A service that runs notices that its own last record is gone; beyond that,
+keep a head (as `verify` gives it, or the `record` of a reply) elsewhere, and verify against it.
 """
 
 from __future__ import annotations
@@ -10,13 +11,17 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy import (
+    URL,
     Column,
+    Connection,
+    Engine,
     Integer,
     MetaData,
     String,
@@ -28,14 +33,23 @@ from sqlalchemy import (
     make_url,
     select,
 )
-from sqlalchemy.exc import ArgumentError, IntegrityError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
-from psa_vlm.errors import AuditError
+from psa_vlm.errors import AuditError, MissingExtra
 
 START = "0" * 64
 """What stands for the hash before the first record's."""
-TRIES = 20
-"""How often a record is tried when another process takes its place in the chain."""
+WAIT = 30
+"""Seconds that a record waits for the other processes that write."""
+_ALONE = {
+    "sqlite": ("BEGIN IMMEDIATE",),
+    "postgresql": (
+        "SET LOCAL synchronous_commit = on",
+        f"SET LOCAL lock_timeout = '{WAIT}s'",
+        "LOCK TABLE records IN SHARE ROW EXCLUSIVE MODE",
+    ),
+}
+"""What a transaction begins with, so that nobody else writes meanwhile; readers need not wait."""
 
 _RECORDS = Table(
     "records",
@@ -88,24 +102,32 @@ class Head:
 
 
 class Audit:
-    """An audit log in a database.
+    """An audit log in a database; several processes may write to one.
 
     Args:
-        url: of SQLAlchemy, as in `sqlite:///audit.db` or `postgresql+psycopg://...`.
+        url: of SQLAlchemy, as in `sqlite:///audit.db` or `postgresql://user@host/name`.
 
     Raises:
-        AuditError: the database can't be opened.
+        AuditError: the database can't be opened, or is of another kind.
+        MissingExtra: the driver of PostgreSQL is not installed.
     """
 
     def __init__(self, url: str) -> None:
         self._lock = threading.Lock()
+        self._last = Head(0, START)
         try:
-            local = make_url(url).get_backend_name() == "sqlite"
-            self._engine = create_engine(url, connect_args={"timeout": 30} if local else {})
-            if local:
-                event.listen(self._engine, "connect", _durable)
-            _RECORDS.metadata.create_all(self._engine)
-        except (SQLAlchemyError, ImportError) as error:
+            place = make_url(url)
+            if place.get_backend_name() not in _ALONE:
+                raise AuditError(f"audit log {_shown(url)}: use sqlite:/// or postgresql://")
+            self._alone = _ALONE[place.get_backend_name()]
+            self._engine = _connected(place)
+            try:
+                _RECORDS.metadata.create_all(self._engine)
+            except SQLAlchemyError:  # another process was quicker, or this fails once more
+                _RECORDS.metadata.create_all(self._engine)
+        except ModuleNotFoundError as error:
+            raise MissingExtra(error.name or "psycopg", "postgres") from error
+        except SQLAlchemyError as error:
             raise AuditError(f"audit log {_shown(url)}: can't be opened ({_told(error)})") from None
 
     def close(self) -> None:
@@ -119,31 +141,35 @@ class Audit:
             Its hash.
 
         Raises:
-            AuditError: it can't be written.
+            AuditError: it can't be written, or the last record that was written here is gone.
         """
         try:
             with self._lock:
-                for _ in range(TRIES):
-                    try:
-                        return self._append(entry)
-                    except IntegrityError:  # another process was quicker
-                        continue
+                with self._engine.begin() as connection:
+                    for statement in self._alone:
+                        connection.exec_driver_sql(statement)
+                    last = self._append(connection, entry)
+                self._last = last
+                return last.hash
         except SQLAlchemyError as error:
             raise AuditError(f"audit log: can't be written ({_told(error)})") from error
-        raise AuditError(f"audit log: {TRIES} times another process was quicker")
 
-    def _append(self, entry: Entry) -> str:
-        with self._engine.begin() as connection:
-            last = connection.execute(
-                select(_RECORDS.c.id, _RECORDS.c.hash).order_by(_RECORDS.c.id.desc()).limit(1)
-            ).first()
-            number, previous = (last.id + 1, last.hash) if last else (1, START)
-            time = datetime.now(UTC).isoformat(timespec="microseconds")
-            content = _canonical({"time": time, **asdict(entry)})
-            digest = _hash(number, previous, content)
-            row = {"id": number, "content": content, "previous": previous, "hash": digest}
-            connection.execute(insert(_RECORDS).values(row))
-        return digest
+    def _append(self, connection: Connection, entry: Entry) -> Head:
+        """Write a record while nobody else does."""
+        rows = select(_RECORDS.c.id, _RECORDS.c.hash)
+        own = self._last
+        if own.records:
+            found = connection.execute(rows.where(_RECORDS.c.id == own.records)).first()
+            if found is None or found.hash != own.hash:
+                raise AuditError(f"audit log: record {own.records} is gone; it was cut or redone")
+        last = connection.execute(rows.order_by(_RECORDS.c.id.desc()).limit(1)).first()
+        number, previous = (last.id + 1, last.hash) if last else (1, START)
+        time = datetime.now(UTC).isoformat(timespec="microseconds")
+        content = _canonical({"time": time, **asdict(entry)})
+        digest = _hash(number, previous, content)
+        row = {"id": number, "content": content, "previous": previous, "hash": digest}
+        connection.execute(insert(_RECORDS).values(row))
+        return Head(number, digest)
 
     def check(self) -> None:
         """Make sure that the database answers.
@@ -164,23 +190,27 @@ class Audit:
             AuditError: the log can't be read, or the chain breaks: which record, and how.
         """
         previous = START
-        for number, row in enumerate(self._rows(), start=1):
-            if row.id != number:
-                raise AuditError(f"audit log: record {number} is missing")
-            if row.previous != previous:
-                raise AuditError(f"audit log: record {number} does not follow the one before it")
-            if row.hash != _hash(number, previous, row.content):
-                raise AuditError(f"audit log: record {number} was changed")
-            previous = row.hash
-            ends = {"id": row.id, "previous": row.previous, "hash": row.hash}
-            yield {**json.loads(row.content), **ends}
+        with closing(self._rows()) as rows:
+            for number, row in enumerate(rows, start=1):
+                if row.id != number:
+                    raise AuditError(f"audit log: record {number} is missing")
+                if row.previous != previous:
+                    told = f"record {number} does not follow the one before it"
+                    raise AuditError(f"audit log: {told}")
+                if row.hash != _hash(number, previous, row.content):
+                    raise AuditError(f"audit log: record {number} was changed")
+                previous = row.hash
+                ends = {"id": row.id, "previous": row.previous, "hash": row.hash}
+                yield {**json.loads(row.content), **ends}
 
-    def _rows(self) -> Iterator[Any]:
+    def _rows(self) -> Generator[Any, None, None]:
+        everything = select(_RECORDS).order_by(_RECORDS.c.id)
         try:
-            with self._engine.connect() as connection:
-                yield from connection.execution_options(yield_per=1000).execute(
-                    select(_RECORDS).order_by(_RECORDS.c.id)
-                )
+            with (
+                self._engine.connect().execution_options(yield_per=1000) as connection,
+                connection.execute(everything) as rows,
+            ):
+                yield from rows
         except SQLAlchemyError as error:
             raise AuditError(f"audit log: can't be read ({_told(error)})") from error
 
@@ -200,6 +230,17 @@ class Audit:
         if not found:
             raise AuditError(f"audit log: no record has the hash {head}; its end was cut or redone")
         return Head(count, last)
+
+
+def _connected(place: URL) -> Engine:
+    """Its connections, which neither wait for ever nor outlive a server that restarts."""
+    if place.get_backend_name() == "sqlite":
+        engine = create_engine(place, connect_args={"timeout": WAIT})
+        event.listen(engine, "connect", _durable)
+        return engine
+    if place.drivername == "postgresql":
+        place = place.set(drivername="postgresql+psycopg")
+    return create_engine(place, connect_args={"connect_timeout": WAIT}, pool_pre_ping=True)
 
 
 def _durable(connection: Any, _: object) -> None:

@@ -17,9 +17,12 @@ class Limits:
         image: bytes of one encoded image (400).
         images: pictures of a request, every frame of an animation counts (400).
         pixels: of all pictures of a request together (400).
+        characters: of all words of a request (400).
         tokens: of an answer (400).
+        requests: that are under way at once, whatever they wait for (429).
         waiting: requests that wait for the model (429).
-        seconds: that a request may take until its last word (504).
+        seconds: that a request may take until its last word (504), that its body may take to
+            come (408), and that a client may take to read what it is sent.
         fetch_seconds: that its remote images may take together (400).
         batch: requests that the model computes together.
         wait_ms: milliseconds that a request waits for others to join its batch.
@@ -32,7 +35,9 @@ class Limits:
     image: int = 10_000_000
     images: int = 16
     pixels: int = 50_000_000
+    characters: int = 32_000
     tokens: int = 1024
+    requests: int = 128
     waiting: int = 64
     seconds: int = 120
     fetch_seconds: int = 10

@@ -26,6 +26,7 @@ class Metrics:
         decisions: that were recorded, by endpoint and action.
         failures: requests that ended without a whole reply, by endpoint and error code.
         reloads: of the policy, by outcome: "ok" or "refused".
+        drifts: looks at which a risk type's scores had left the calibration's, by type.
     """
 
     media_type = CONTENT_TYPE_LATEST
@@ -46,6 +47,9 @@ class Metrics:
         )
         self.reloads = Counter(
             "psa_policy_reloads", "Times that the policy was read anew.", ["outcome"], registry=own
+        )
+        self.drifts = Counter(
+            "psa_drifts", "Times that scores had left the calibration's.", ["type"], registry=own
         )
         waiting = Gauge("psa_waiting", "Requests that wait for the model.", registry=own)
         waiting.set_function(lambda: engine.waiting)

@@ -8,7 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
 
 from psa_vlm.data.sample import Turn
 from psa_vlm.errors import RequestError
@@ -26,10 +34,21 @@ def _plain(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_encodable)]
+MOST = 1000
+"""Messages of a chat, parts of a message, keys of an object: each that is wrong costs time."""
+TOLD = 1000
+"""Characters of an error: it may quote the request."""
 
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few(cls, data: Any) -> Any:
+        if isinstance(data, dict) and len(data) > MOST:
+            raise ValueError(f"holds more than {MOST} keys")
+        return data
 
 
 class TextPart(_Part):
@@ -58,7 +77,12 @@ def _form(content: object) -> str:
 
 
 Words = Annotated[Text, Tag("words")]
-Parts = list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
+Parts = Annotated[
+    list[Annotated[TextPart | ImagePart, Field(discriminator="type")]],
+    Field(max_length=MOST, fail_fast=True),
+]
+TextParts = Annotated[list[TextPart], Field(max_length=MOST, fail_fast=True)]
+WordsAlone = Annotated[Words | Annotated[TextParts, Tag("parts")], Discriminator(_form)]
 Content = Annotated[Words | Annotated[Parts, Tag("parts")], Discriminator(_form)]
 
 
@@ -66,7 +90,7 @@ class SystemMessage(_Part):
     """How the model is asked to behave; it opens the conversation."""
 
     role: Literal["system"]
-    content: Annotated[Words | Annotated[list[TextPart], Tag("parts")], Discriminator(_form)]
+    content: WordsAlone
 
 
 class UserMessage(_Part):
@@ -80,9 +104,7 @@ class AssistantMessage(_Part):
     """What was answered earlier; a refusal counts as its words."""
 
     role: Literal["assistant"]
-    content: (
-        Annotated[Words | Annotated[list[TextPart], Tag("parts")], Discriminator(_form)] | None
-    ) = None
+    content: WordsAlone | None = None
     refusal: Text | None = None
 
 
@@ -99,7 +121,7 @@ class ChatRequest(_Part):
     """Body of `POST /v1/chat/completions`."""
 
     model: Text
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST, fail_fast=True)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
@@ -205,6 +227,7 @@ def error_body(error: RequestError) -> dict[str, Any]:
     kind = {401: "authentication_error", 429: "rate_limit_error"}.get(
         error.status, "server_error" if error.status >= 500 else "invalid_request_error"
     )
-    param = None if error.param is None else _plain(error.param)
-    told = {"message": _plain(str(error)), "type": kind, "param": param, "code": error.code}
+    param = None if error.param is None else _plain(error.param[:TOLD])
+    message = _plain(str(error)[:TOLD])
+    told = {"message": message, "type": kind, "param": param, "code": error.code}
     return {"error": told}

@@ -19,7 +19,8 @@ from psa_vlm.errors import RequestError
 from psa_vlm.serving.limits import Limits
 
 PORTS = {"http": 80, "https": 443}
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_GLOBAL = ipaddress.ip_network("2000::/3")
+"""Where all addresses of the open internet are; others may lead back to an IPv4 one."""
 
 Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
 """The addresses of a host."""
@@ -41,9 +42,10 @@ def is_public(address: str) -> bool:
     """Whether an address is one of the open internet, in whatever way it is written."""
     ip: ipaddress.IPv4Address | ipaddress.IPv6Address = ipaddress.ip_address(address)
     if isinstance(ip, ipaddress.IPv6Address):
-        if ip.sixtofour or ip.teredo or ip in _NAT64:  # an IPv4 address is inside
+        if ip.ipv4_mapped is not None:
+            return is_public(str(ip.ipv4_mapped))
+        if ip not in _GLOBAL or ip.sixtofour or ip.teredo:  # in these two one is inside
             return False
-        ip = ip.ipv4_mapped or ip
     return ip.is_global and not ip.is_multicast
 
 

@@ -49,9 +49,11 @@ def psa(
     decision: Decision,
     pictures: Sequence[Picture],
     policy: Policy,
+    record: str,
     timings: Mapping[str, float],
 ) -> Psa:
-    """What was seen in each image, what was decided, by which rule of which policy, how fast.
+    """What was seen in each image, what was decided, by which rule of which policy, the hash of its
+    record, how fast.
 
     Why a verdict failed is for the audit log alone: it can tell of the machine's insides.
     """
@@ -69,6 +71,7 @@ def psa(
         "images": [{**place, **one} for place, one in zip(places, seen, strict=True)],
         "error": failed,
         "policy": {"name": policy.name, "hash": policy.hash},
+        "record": record,
         "timings": {name: round(value, 2) for name, value in timings.items()},
     }
 

@@ -17,6 +17,7 @@ from psa_vlm.serving.limits import Limits
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+    from psa_vlm.evaluation.drift import DriftMonitor
     from psa_vlm.inference import PsaVlm
     from psa_vlm.policy.policy import Policy
     from psa_vlm.serving.audit import Audit
@@ -45,6 +46,8 @@ class Settings:
             one, is in the environment, as `UPSTREAM_KEY` names it.
         upstream_model: what that engine calls the model; None means as clients do.
         remote: hosts that images may be fetched from, as in `("example.org",)`.
+        risky_share: of the requests that come, for the drift monitor; None means as many as among
+            the calibration samples.
 
     Raises:
         ConfigError: others than this machine could ask without a key, or the upstream is no URL.
@@ -62,6 +65,7 @@ class Settings:
     upstream: str | None = None
     upstream_model: str | None = None
     remote: tuple[str, ...] = ()
+    risky_share: float | None = None
 
     def __post_init__(self) -> None:
         if self.keys is None and not is_loopback(self.host):
@@ -103,8 +107,9 @@ def build(settings: Settings) -> FastAPI:
     model = Model(settings.name or settings.model.resolve().name, fingerprint(settings.model))
     engine = _engine(settings, vlm, model.name, limits)
     audit = _audit(settings.audit)
-    remote = _remote(settings, limits)
-    return create_app(Service(engine, model, policy(), audit, keys, limits, policy, remote))
+    remote, drift = _remote(settings, limits), _drift(settings, vlm)
+    service = Service(engine, model, policy(), audit, keys, limits, policy, remote, drift)
+    return create_app(service)
 
 
 def _engine(settings: Settings, vlm: PsaVlm, name: str, limits: Limits) -> Engine:
@@ -137,6 +142,14 @@ def _remote(settings: Settings, limits: Limits) -> Remote | None:
     return Remote(settings.remote, limits)
 
 
+def _drift(settings: Settings, vlm: PsaVlm) -> DriftMonitor | None:
+    if vlm.calibration is None:
+        return None
+    from psa_vlm.evaluation.drift import DriftMonitor
+
+    return DriftMonitor(vlm.calibration, settings.risky_share)
+
+
 def serve(settings: Settings) -> None:
     """Serve until stopped; what was taken is finished first, within the limit on seconds.
 
@@ -152,6 +165,8 @@ def serve(settings: Settings) -> None:
         app,
         host=settings.host,
         port=settings.port,
+        http="h11",  # it limits headers
+        ws="none",
         server_header=False,
         timeout_graceful_shutdown=service.limits.seconds,
     )

@@ -30,11 +30,16 @@ from psa_vlm.serving.policies import Policies
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from psa_vlm.data.sample import Turn
+    from psa_vlm.evaluation.drift import DriftMonitor
+    from psa_vlm.model.verdict import Verdict
     from psa_vlm.serving.remote import Remote
 
 Result = TypeVar("Result")
 REASON = 300
 """Characters that are recorded of why a request failed."""
+DECODERS = 4
+"""Requests whose images are opened at once; each may take a gigabyte meanwhile."""
 
 _logger = logging.getLogger(__name__)
 
@@ -65,6 +70,7 @@ class _Trace:
     pictures: tuple[Picture, ...] = ()
     start: float = field(default_factory=time.perf_counter)
     timings: dict[str, float] = field(default_factory=dict)
+    record: str = ""
 
     def mark(self, step: str) -> None:
         """Note the milliseconds of a step that ends now, and of all until now."""
@@ -86,6 +92,7 @@ class Service:
         limits: of a request.
         load: reads the policy anew; None for one that stays.
         remote: fetches images by URL; None refuses them.
+        drift: watches the calibrated scores; None for a run without a calibration.
 
     Raises:
         PolicyError: the policy does not fit the engine's taxonomy, or lacks a tenant of the keys.
@@ -101,6 +108,7 @@ class Service:
         limits: Limits | None = None,
         load: Callable[[], Policy] | None = None,
         remote: Remote | None = None,
+        drift: DriftMonitor | None = None,
     ) -> None:
         self.engine = engine
         self.model = model
@@ -108,6 +116,8 @@ class Service:
         self.keys = keys
         self.limits = limits or Limits()
         self.remote = remote
+        self.drift = drift
+        self._decoders = asyncio.Semaphore(DECODERS)
         self.metrics = Metrics(engine)
         tenants = None if keys is None else keys.hashes
         self.policies = Policies(policy, engine.taxonomy, tenants, load, self.metrics.reloads)
@@ -169,7 +179,7 @@ class Service:
             urls = protocol.image_urls(body.input)
             if not urls:
                 raise RequestError("no image; what is assessed is an image beside words", "input")
-            turns = protocol.conversation([protocol.UserMessage(role="user", content=body.input)])
+            turns = self._turns([protocol.UserMessage(role="user", content=body.input)])
             ask = Ask(await self._images(trace, urls), turns, caller.policy, 1)
             assessed = await self._in_time(trace, self.engine.assess(ask))
             trace.mark("verdict_ms")
@@ -194,11 +204,20 @@ class Service:
             )
         if body.stream_options is not None and not body.stream:
             raise RequestError("stream_options: only for a stream", "stream_options")
-        turns = protocol.conversation(body.messages)
+        turns = self._turns(body.messages)
         urls = [url for one in body.messages for url in protocol.image_urls(one.content)]
         tokens = self._tokens(body)
         images = await self._images(trace, urls)
         return Ask(images, turns, trace.caller.policy, tokens, body.temperature or 0.0)
+
+    def _turns(self, messages: Sequence[protocol.Message]) -> tuple[Turn, ...]:
+        """The words of a conversation, no more than may be read: to read them takes time too."""
+        turns = protocol.conversation(messages)
+        most = self.limits.characters
+        if sum(len(turn.text) for turn in turns) > most:
+            told = f"more than {most:,} characters in the request; shorten the text"
+            raise RequestError(told, None, "text_too_long")
+        return turns
 
     def _check_model(self, name: str) -> None:
         if name != self.model.name:
@@ -224,10 +243,14 @@ class Service:
         fetched: dict[str, bytes] = {}
         if self.remote is not None and len(urls) <= self.limits.images:
             fetched = await self._in_time(trace, self.remote.fetch(urls))
-        opening = run_in_threadpool(open_urls, urls, self.limits, fetched)
-        trace.pictures = await self._in_time(trace, opening)
+        if urls:
+            trace.pictures = await self._in_time(trace, self._open(urls, fetched))
         trace.mark("images_ms")
         return tuple(frame for picture in trace.pictures for frame in picture.frames)
+
+    async def _open(self, urls: Sequence[str], fetched: Mapping[str, bytes]) -> tuple[Picture, ...]:
+        async with self._decoders:
+            return await run_in_threadpool(open_urls, urls, self.limits, fetched)
 
     # --- what is answered ------------------------------------------------------------------------
 
@@ -261,7 +284,12 @@ class Service:
 
     def _psa(self, trace: _Trace, found: Assessed | Answer) -> replies.Psa:
         return replies.psa(
-            found.verdict, found.decision, trace.pictures, trace.caller.policy, trace.timings
+            found.verdict,
+            found.decision,
+            trace.pictures,
+            trace.caller.policy,
+            trace.record,
+            trace.timings,
         )
 
     async def _in_time(self, trace: _Trace, work: Awaitable[Result]) -> Result:
@@ -276,9 +304,16 @@ class Service:
 
     async def _record(self, trace: _Trace, assessed: Assessed) -> None:
         """Put a decision on record; when this returns, it is on the disk."""
-        await self._append(trace, assessed)
+        trace.record = await self._append(trace, assessed)
+        self._watch(assessed.verdict)
         self.metrics.decisions.labels(trace.endpoint, assessed.decision.action).inc()
         trace.mark("audit_ms")
+
+    def _watch(self, verdict: Verdict | None) -> None:
+        """Look whether requests still are like those of the calibration."""
+        if self.drift is not None and verdict is not None and verdict.scores:
+            for one in self.drift.add(verdict.scores):
+                self.metrics.drifts.labels(one.type).inc()
 
     async def _record_failure(self, trace: _Trace, error: Exception) -> None:
         """Put on record that a request has no reply, or no whole one, and why."""
@@ -302,7 +337,8 @@ class Service:
         trace: _Trace,
         assessed: Assessed | None,
         error: Mapping[str, object] | None = None,
-    ) -> None:
+    ) -> str:
+        """Put on record what is known of a request: the record's hash."""
         verdict, decision = assessed or (None, None)
         policy = trace.caller.policy
         entry = Entry(
@@ -317,4 +353,4 @@ class Service:
             {"name": self.model.name, "hash": self.model.hash},
             error,
         )
-        await run_in_threadpool(self.audit.append, entry)
+        return await run_in_threadpool(self.audit.append, entry)

@@ -111,6 +111,8 @@ class Upstream:
             RequestError: 504 if it does not answer in time, 502 for any other failure.
         """
         messages = await asyncio.to_thread(self._messages, ask, hint)
+        if self._there >= self.most:  # others went while this one was assessed
+            raise Overloaded(1)
         self._there += 1
         try:
             async with aclosing(self._stream(ask, messages)) as parts:
@@ -184,4 +186,5 @@ def _finish(reason: str) -> Literal["stop", "length", "content_filter"]:
 
 def _seconds(header: str | None) -> int:
     """What a Retry-After header says, if that is a number."""
-    return max(1, int(header)) if header is not None and header.isdecimal() else 1
+    told = header is not None and header.isdecimal() and len(header) < 5
+    return max(1, int(header)) if told and header else 1

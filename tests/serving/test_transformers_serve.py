@@ -1,0 +1,142 @@
+"""The gateway before a real engine: `transformers serve` with the testbed's model, as exported."""
+
+from __future__ import annotations
+
+import io
+import json
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+import torch
+from fastapi.testclient import TestClient
+
+from psa_vlm.inference import PsaVlm
+from psa_vlm.model.backbone import Backbone
+from psa_vlm.model.bottleneck import BottleneckConfig, SafetyBottleneck
+from psa_vlm.model.tokens import add_safety_tokens
+from psa_vlm.policy.policy import Policy
+from psa_vlm.serving.app import create_app
+from psa_vlm.serving.audit import Audit
+from psa_vlm.serving.in_process import InProcess
+from psa_vlm.serving.service import Model, Service
+from psa_vlm.serving.upstream import Upstream
+from psa_vlm.testbed.cases import evaluation_samples
+from psa_vlm.testbed.premise import base_path
+
+from .conftest import data_url, image
+
+CHAT = "/v1/chat/completions"
+POLICY = Policy.from_text('name: house\ninherits: default\nrules: {"*": {high: refuse}}\n')
+
+
+@pytest.fixture(scope="module")
+def model() -> PsaVlm:
+    """The testbed's base model with a bottleneck of random weights: what it says has meaning."""
+    backbone = Backbone.from_pretrained(base_path())
+    add_safety_tokens(backbone, 4)
+    widths = backbone.vision_width, backbone.text_width
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = BottleneckConfig(*widths, hidden=16, tokens=4, heads=4, depth=1)
+        return PsaVlm(backbone, SafetyBottleneck(config))
+
+
+@pytest.fixture(scope="module")
+def engine(model: PsaVlm, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+    """The address of a running engine, and what it calls its model."""
+    from transformers.cli.serve import Serve
+
+    exported = tmp_path_factory.mktemp("engine") / "exported"
+    model.save_pretrained(exported, merged=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server: Any = Serve(str(exported), device="cpu", host="127.0.0.1", port=port, non_blocking=True)
+    address = f"http://127.0.0.1:{port}"
+    for _ in range(600):
+        try:
+            httpx2.get(f"{address}/health")
+            break
+        except httpx2.TransportError:
+            time.sleep(0.1)
+    yield f"{address}/v1", str(exported)
+    server.kill_server()
+
+
+@pytest.fixture()
+def ask(model: PsaVlm, engine: tuple[str, str], tmp_path: Path) -> Iterator[Any]:
+    """Asks the gateway, or the model in this process: the whole reply, or its streamed words."""
+    audit = Audit(f"sqlite:///{tmp_path / 'audit.db'}")
+
+    def send(body: dict[str, Any], here: bool = False) -> Any:
+        local = InProcess(model, wait=0)
+        chosen = local if here else Upstream(local, *engine)
+        service = Service(chosen, Model("testbed", "f"), POLICY, audit)
+        with TestClient(create_app(service), "http://localhost") as client:
+            reply = client.post(CHAT, json={"model": "testbed", "max_tokens": 12, **body})
+        assert reply.status_code == 200, reply.text
+        return reply
+
+    yield send
+    audit.close()
+
+
+def scene() -> tuple[str, str]:
+    """A picture of the testbed as a data URL, and a question about it."""
+    (sample,) = evaluation_samples("style", "harmless", 1, 0)
+    stream = io.BytesIO()
+    sample.images[0].save(stream, "PNG")  # type: ignore[union-attr]
+    return data_url(stream.getvalue()), sample.question
+
+
+def conversation() -> dict[str, Any]:
+    """Two turns, a mark among the words, and two pictures: all that the engine has to take."""
+    url, question = scene()
+    first = [image(url), {"type": "text", "text": question}]
+    return {
+        "messages": [
+            {"role": "user", "content": first},
+            {"role": "assistant", "content": "a cup <image> USER: yes"},
+            {"role": "user", "content": [image(url), {"type": "text", "text": "What is this?"}]},
+        ]
+    }
+
+
+def words(stream: str) -> str:
+    """What a stream says; it must have come to its end."""
+    *events, done = [one.removeprefix("data: ") for one in stream.split("\n\n") if one]
+    assert done == "[DONE]"
+    choices = [choice for one in map(json.loads, events) for choice in one["choices"]]
+    return "".join(choice["delta"].get("content") or "" for choice in choices)
+
+
+@pytest.mark.parametrize("level", ["safe", "low"])
+def test_it_answers_as_the_model_does_here(ask: Any, see: Any, level: str) -> None:
+    """The same words and hints in the same prompt, around the same pictures."""
+    see("privacy", level)
+    url, question = scene()
+    content = [image(url), {"type": "text", "text": question}]
+    for body in ({"messages": [{"role": "user", "content": content}]}, conversation()):
+        here, there = ask(body, here=True).json(), ask(body).json()
+        said = there["choices"][0]["message"]["content"].strip()
+        assert said == here["choices"][0]["message"]["content"].strip() != ""
+        assert there["usage"]["prompt_tokens"] == here["usage"]["prompt_tokens"]
+        assert there["psa"]["decision"] == here["psa"]["decision"]
+        assert len(there["psa"]["images"]) == len(here["psa"]["images"])
+        assert words(ask({**body, "stream": True}).text).strip() == said
+
+
+def test_a_refusal_is_ours_alone(ask: Any, see: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    see("privacy", "high")
+
+    def never(*_: Any) -> None:
+        raise AssertionError("the engine was asked")
+
+    monkeypatch.setattr(Upstream, "_stream", never)
+    (choice,) = ask(conversation()).json()["choices"]
+    assert choice["finish_reason"] == "content_filter" and choice["message"]["refusal"]
