@@ -38,6 +38,8 @@ refusal: "No: <img src=x onerror='hacked=1'> is not <b>bold</b>."
 tenants:
   school: {rules: {"*": {low: refuse}}}
 """
+PATIENCE = 60_000
+"""Milliseconds; a busy machine is no failure."""
 PHONE = {"width": 390, "height": 844}
 PNG = {"name": "red.png", "mimeType": "image/png", "buffer": encoded()}
 
@@ -48,7 +50,7 @@ def chromium() -> Iterator[Browser]:
         pytest.skip("there is no Chromium here; install it, as with 'apt-get install chromium'")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        browser.new_page().close()
+        expect.set_options(timeout=PATIENCE)
         yield browser
         browser.close()
 
@@ -83,7 +85,7 @@ def visit(
     def visit(**options: Any) -> Page:
         page = chromium.new_page(**options)
         opened.append(page)
-        page.set_default_timeout(20_000)
+        page.set_default_timeout(PATIENCE)
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("console", lambda said: wrong.append(said.text) if "CSP" in said.text else None)
         own = (address, "data:")
@@ -109,7 +111,7 @@ def ask(page: Page, *files: Any, text: str = "What is this?") -> Any:
 
 def ended(page: Page) -> Any:
     reply = page.locator(".reply").last
-    expect(reply).to_have_attribute("aria-busy", "false", timeout=20_000)
+    expect(reply).to_have_attribute("aria-busy", "false")
     return reply
 
 
@@ -257,6 +259,7 @@ def test_by_keyboard_alone(visit: Any, see: Any, tmp_path: Path) -> None:
     page = visit()
     file = tmp_path / "red.png"
     file.write_bytes(encoded())
+    page.on("filechooser", lambda chooser: chooser.set_files(file))
 
     def tab_to(what: str) -> None:
         for _ in range(20):
@@ -269,11 +272,10 @@ def test_by_keyboard_alone(visit: Any, see: Any, tmp_path: Path) -> None:
         assert outline == "solid", f"the focus on {what} is not seen"
 
     tab_to("#policy")
-    page.keyboard.press("ArrowDown")
+    page.keyboard.type("kids")
+    expect(page.get_by_label("Policy")).to_have_value("kids")
     tab_to("#files")
-    with page.expect_file_chooser() as chooser:
-        page.keyboard.press("Enter")
-    chooser.value.set_files(file)
+    page.keyboard.press("Enter")
     expect(page.locator("#chosen")).to_contain_text("red.png")
     tab_to("#text")
     page.keyboard.type("What is this?")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from psa_vlm.model import pictures
 from psa_vlm.model.verdict import ImageVerdict, Verdict
@@ -12,6 +12,9 @@ from psa_vlm.policy.policy import Decision, Policy
 from psa_vlm.serving.engine import Engine
 from psa_vlm.serving.images import Picture
 from psa_vlm.serving.replies import scores
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 def explained(
@@ -28,7 +31,7 @@ def explained(
     """
     usable = verdict if verdict is not None and verdict.error is None else None
     frames = [frame for picture in shown for frame in picture.frames]
-    images = usable.images if usable else [None] * len(frames)
+    images: Sequence[ImageVerdict | None] = usable.images if usable else [None] * len(frames)
     source = decision.source
     return {
         "hint": decision.hint,
@@ -39,7 +42,7 @@ def explained(
     }
 
 
-def _picture(frame: Any, verdict: ImageVerdict | None) -> dict[str, str | None]:
+def _picture(frame: Image, verdict: ImageVerdict | None) -> dict[str, str | None]:
     small = pictures.small(frame)
     looked = None if verdict is None else verdict.evidence
     heat = None if looked is None else pictures.url(pictures.heat(looked, small.size))

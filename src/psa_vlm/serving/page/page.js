@@ -225,9 +225,9 @@ function figure(asked, psa, index) {
   const box = make("div");
   box.append(make("img", "", { src: picture, alt: asked.names[image] }));
   if (heat) box.append(make("img", "", { src: heat, alt: "Where it looked", className: "heat" }));
-  const told = type
-    ? `${facts.types[type]} ${percent(type_probs[type])}, level ${level} ${percent(level_probs[level])}`
-    : "not assessed";
+  const told = psa.error
+    ? "not assessed"
+    : `${facts.types[type]} ${percent(type_probs[type])}, level ${level} ${percent(level_probs[level])}`;
   const shown = make("figure", "", { className: worst ? "worst" : "" });
   const decides = worst && psa.images.length > 1 ? "; this one decides" : "";
   shown.append(box, make("figcaption", told + decides));
