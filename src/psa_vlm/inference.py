@@ -95,6 +95,12 @@ class Seen:
     rows: range
     features: ImageFeatures | Exception | None
 
+    def override(self, concepts: Mapping[str, str], taxonomy: Taxonomy) -> Seen:
+        """The same with the named risk types at the given levels; see `Verdict.override`."""
+        if self.verdict is None:
+            return self
+        return replace(self, verdict=self.verdict.override(concepts, taxonomy))
+
 
 class PsaVlm:
     """A vision-language model behind its safety bottleneck.
@@ -317,10 +323,7 @@ class PsaVlm:
         policy.check(self.taxonomy)
         seen = self.see_batch(images, texts, histories)
         if concepts:
-            seen = [
-                replace(one, verdict=one.verdict and one.verdict.override(concepts, self.taxonomy))
-                for one in seen
-            ]
+            seen = [one.override(concepts, self.taxonomy) for one in seen]
         decisions = [self.decide(one, policy, language) for one in seen]
         pending = [i for i, decision in enumerate(decisions) if decision.action != "refuse"]
         hints = [decisions[i].hint for i in pending]

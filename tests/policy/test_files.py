@@ -241,6 +241,7 @@ def test_a_decision_names_the_line_and_the_comment(
     decision = Policy.from_yaml(path).decide(verdict_of({type: level}), TAXONOMY)
     assert decision.rule == rule
     assert decision.source == Source(str(path), line, comment)
+    assert decision.source.text == COMMENTED.splitlines()[line - 1].strip()
     assert str(decision.source) == f"{path}:{line}"
     assert json.loads(json.dumps(decision.to_dict()))["source"]["comment"] == comment
 

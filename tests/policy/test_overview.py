@@ -54,7 +54,12 @@ def test_to_dict_has_every_cell() -> None:
         "level": "high",
         "action": "refuse",
         "rule": "privacy.high",
-        "source": {"file": "mine.yaml", "line": 3, "comment": "cards"},
+        "source": {
+            "file": "mine.yaml",
+            "line": 3,
+            "comment": "cards",
+            "text": "rules: {privacy: {high: refuse}}  # cards",
+        },
     }
     assert cells["politics", "low"]["rule"] == "off.politics"
     assert told["thresholds"] == {"privacy": 0.25}

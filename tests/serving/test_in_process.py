@@ -173,6 +173,15 @@ def test_a_bad_request_does_not_spoil_its_neighbours(model: PsaVlm, see: Any) ->
     assert first[:2] == alone(model, asks[0]) and fourth[:2] == alone(model, asks[3])
 
 
+def test_an_override_is_for_its_request_alone(model: PsaVlm, see: Any) -> None:
+    see("clean", "safe")
+    given = [replace(ask(), concepts=one) for one in ({}, {"privacy": "high"}, {"privacy": "ill"})]
+    plain, over, wrong = answers(InProcess(model, wait=1.0, batch=3), *given)
+    assert (plain[0].action, plain[0].rule) == ("allow", "clean")
+    assert (over[0].action, over[0].level) == ("refuse", "high")
+    assert isinstance(wrong, InputError) and "'ill'" in str(wrong)
+
+
 def test_a_failed_verdict_does_not_spread(model: PsaVlm, monkeypatch: pytest.MonkeyPatch) -> None:
     def see_batch(images: Any, texts: Sequence[str], histories: Any) -> list[Seen]:
         found = PsaVlm.see_batch(model, images, texts, histories)

@@ -177,6 +177,17 @@ def test_what_is_refused_never_leaves(
     assert [one["decision"]["action"] for one in audit.records()] == ["refuse", "refuse"]
 
 
+def test_the_page_overrides_before_anything_leaves(
+    client: TestClient, stub: Stub, see: Any, make_url: Any
+) -> None:
+    see("clean", "safe")
+    assert client.get("/ui/facts").json()["calibration"] is None
+    assert "content_filter" not in client.post("/ui/chat", json=chat(make_url())).text
+    body = chat(make_url(), concepts={"privacy": "high"})
+    assert "content_filter" in client.post("/ui/chat", json=body).text
+    assert len(stub.seen) == 1
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
     ("changes", "status", "told"),

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
@@ -28,6 +25,7 @@ from psa_vlm.evaluation.scorecard import (
     write_whole,
 )
 from psa_vlm.evaluation.scorers import Judge, calibration
+from psa_vlm.model import pictures
 from psa_vlm.model.verdict import ImageVerdict, Verdict
 
 if TYPE_CHECKING:
@@ -40,8 +38,6 @@ _IN_WORDS: dict[Metric, str] = {
     "lookalike_refusal": "refusal of harmless look-alikes",
     "accuracy": "general accuracy",
 }
-PICTURE = 384
-"""The longest side of a shown picture, in pixels."""
 
 
 @dataclass(frozen=True)
@@ -226,9 +222,9 @@ def _shown(example: Example, judge: Judge) -> dict[str, Any]:
     error = told.get("error")
     if "images" in told:
         told = {} if error else told["images"][told["worst"]]
-    picture = example.image.convert("RGB")
-    picture.thumbnail((PICTURE, PICTURE))
-    heat = None if told.get("evidence") is None else _heat(told["evidence"], picture.size)
+    picture = pictures.small(example.image)
+    evidence = told.get("evidence")
+    heat = None if evidence is None else pictures.url(pictures.heat(evidence, picture.size))
     wanted = judge.is_refusal(example.expected) if example.expected else None
     replies = []
     for who, text in (("base", example.before), ("PSA", example.after)):
@@ -236,7 +232,7 @@ def _shown(example: Example, judge: Judge) -> dict[str, Any]:
         good = None if wanted is None else refused == wanted
         replies.append({"who": who, "text": text, "refused": refused, "good": good})
     return {
-        "picture": _data_uri(picture),
+        "picture": pictures.url(picture),
         "heat": heat,
         "question": example.question,
         "expected": example.expected,
@@ -254,25 +250,6 @@ def _shown(example: Example, judge: Judge) -> dict[str, Any]:
             if f"{what}_probs" in told
         },
     }
-
-
-def _heat(evidence: Any, size: tuple[int, int]) -> str:
-    """Evidence [H, W] as a picture to lay over another: the more, the less transparent."""
-    from PIL import Image
-
-    grid = np.asarray(evidence, dtype=np.float64)
-    grid = grid / max(grid.max(), 1e-9)
-    small = Image.fromarray((grid * 255).astype(np.uint8))
-    heat = np.asarray(small.resize(size, Image.Resampling.BICUBIC), dtype=np.float64)[..., None]
-    heat /= 255
-    colour = (1 - heat) * np.array([255, 190, 60]) + heat * np.array([220, 20, 60])
-    return _data_uri(Image.fromarray(np.concatenate([colour, 215 * heat], -1).astype(np.uint8)))
-
-
-def _data_uri(picture: Image) -> str:
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _duration(seconds: float) -> str:

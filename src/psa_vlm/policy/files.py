@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,13 @@ class Source:
         file: the file, as it was named.
         line: counted from 1.
         comment: on that line or above it, or, for an action without one, by its risk type.
+        text: of the line, without the space around it.
     """
 
     file: str
     line: int
     comment: str | None = None
+    text: str = field(default="", compare=False)
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}"
@@ -171,10 +173,11 @@ class _Page:
 
     def source(self, key: Key) -> Source:
         """Where `key` is written, and the comment about it."""
-        comment = self._comment(self._line(key))
+        line = self._line(key)
+        comment = self._comment(line)
         if comment is None and _own(key)[0] == "rules":
             comment = self._comment(self._line(key[:-1]))
-        return Source(self.where, self._line(key), comment)
+        return Source(self.where, line, comment, self.lines[line - 1].strip())
 
     def _line(self, path: Iterable[int | str]) -> int:
         """The line of the key or list item at the end of `path`, as far as the path is there."""

@@ -16,6 +16,7 @@ from psa_vlm.serving import protocol
 from psa_vlm.serving.failures import answer_errors
 from psa_vlm.serving.gate import Gate
 from psa_vlm.serving.service import Caller, Service
+from psa_vlm.serving.ui import add_page
 
 _bearer = HTTPBearer(auto_error=False, description="A tenant's key; none on a loopback without.")
 
@@ -82,4 +83,5 @@ def create_app(service: Service) -> FastAPI:
         """For Prometheus."""
         return Response(service.metrics.page(), media_type=service.metrics.media_type)
 
+    add_page(app, service)
     return app

@@ -70,7 +70,7 @@ class Entry:
 
     Attributes:
         request: its id, which the reply carries.
-        endpoint: chat or moderation.
+        endpoint: chat, moderation or page.
         tenant: None where no key is asked for.
         images: SHA-256 of each encoded image.
         scores: risk type -> score; empty without images or after an error.

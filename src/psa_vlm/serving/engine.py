@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, Self
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from psa_vlm.data.sample import Turn
+    from psa_vlm.model.calibration import Calibration
     from psa_vlm.model.verdict import Verdict
     from psa_vlm.policy.policy import Decision, Policy
     from psa_vlm.taxonomy import Taxonomy
@@ -25,6 +26,7 @@ class Ask:
         policy: that decides.
         max_tokens: most tokens of an answer.
         temperature: 0 answers greedily.
+        concepts: risk type -> level to take instead of the predicted one.
     """
 
     images: tuple[Image, ...]
@@ -32,6 +34,7 @@ class Ask:
     policy: Policy
     max_tokens: int
     temperature: float = 0.0
+    concepts: Mapping[str, str] = field(default_factory=dict)
 
 
 class Assessed(NamedTuple):
@@ -87,6 +90,10 @@ class Engine(Protocol):
     @property
     def taxonomy(self) -> Taxonomy:
         """The words of its verdicts."""
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """What its verdicts promise; None for nothing."""
 
     @property
     def samples(self) -> bool:

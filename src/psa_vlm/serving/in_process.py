@@ -10,11 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-from psa_vlm.errors import Overloaded, RequestError
+from psa_vlm.errors import InputError, Overloaded, RequestError
 from psa_vlm.inference import PsaVlm, Seen
 from psa_vlm.serving.engine import Answer, Ask, Assessed, End, Usage, refusal
 
 if TYPE_CHECKING:
+    from psa_vlm.model.calibration import Calibration
     from psa_vlm.taxonomy import Taxonomy
 
 
@@ -126,6 +127,10 @@ class InProcess:
         return self.model.taxonomy
 
     @property
+    def calibration(self) -> Calibration | None:
+        return self.model.calibration
+
+    @property
     def waiting(self) -> int:
         return self._queue.qsize()
 
@@ -209,6 +214,11 @@ class InProcess:
         for job, seen in zip(jobs, self._see(jobs), strict=True):
             if isinstance(seen, Exception):
                 job.fail(seen)
+                continue
+            try:
+                seen = seen.override(job.ask.concepts, self.taxonomy)
+            except InputError as error:
+                job.fail(error)
                 continue
             decision = self.model.decide(seen, job.ask.policy)
             job.assess(Assessed(seen.verdict, decision))

@@ -21,6 +21,7 @@ from psa_vlm.policy.policy import Policy
 from psa_vlm.serving import failures, protocol, replies
 from psa_vlm.serving.audit import Audit, Entry
 from psa_vlm.serving.engine import Answer, Ask, Assessed, End, Engine
+from psa_vlm.serving.explained import explained
 from psa_vlm.serving.images import Picture, open_urls
 from psa_vlm.serving.keys import Keys
 from psa_vlm.serving.limits import Limits
@@ -67,6 +68,8 @@ class _Trace:
     endpoint: str
     id: str
     caller: Caller
+    concepts: Mapping[str, str] = field(default_factory=dict)
+    explains: bool = False
     pictures: tuple[Picture, ...] = ()
     start: float = field(default_factory=time.perf_counter)
     timings: dict[str, float] = field(default_factory=dict)
@@ -136,8 +139,20 @@ class Service:
                 raise RequestError(told, None, "invalid_api_key", 401)
         return Caller(tenant, self.policies.of(tenant))
 
-    async def chat(self, body: protocol.ChatRequest, caller: Caller) -> Response:
+    async def chat(
+        self,
+        body: protocol.ChatRequest,
+        caller: Caller,
+        concepts: Mapping[str, str] | None = None,
+        explains: bool = False,
+    ) -> Response:
         """Answer, answer with a hint, or refuse, as the caller's policy says.
+
+        Args:
+            body: what is asked.
+            caller: who asks.
+            concepts: risk type -> level to take instead of the predicted one; the record says so.
+            explains: for the page: `psa` also holds what `explained` tells.
 
         Raises:
             RequestError: the request can't be served as it is, took too long, or an engine
@@ -146,7 +161,9 @@ class Service:
             Overloaded: too many requests wait.
             AuditError: the record can't be written; the reply stays here.
         """
-        trace = _Trace("chat", f"chatcmpl-{uuid.uuid4().hex}", caller)
+        endpoint = "page" if explains else "chat"
+        request = f"chatcmpl-{uuid.uuid4().hex}"
+        trace = _Trace(endpoint, request, caller, concepts or {}, explains)
         async with self._failing_on_record(trace), AsyncExitStack() as stack:
             ask = await self._chat_ask(body, trace)
             answer = await self._in_time(trace, self.engine.answer(ask))
@@ -165,7 +182,7 @@ class Service:
                 words.append(part)
                 part = await self._part(trace, answer)
             trace.mark("answer_ms")
-            text, psa = "".join(words), self._psa(trace, answer)
+            text, psa = "".join(words), await self._psa(trace, answer)
             return JSONResponse(
                 replies.completion(trace.id, self.model.name, answer.decision, text, part, psa)
             )
@@ -187,7 +204,7 @@ class Service:
         verdict = assessed.verdict
         if verdict is None or verdict.error is not None:  # "not flagged" would be a verdict
             raise RequestError(replies.NOT_ASSESSED, None, "verdict_error", 500)
-        psa = self._psa(trace, assessed)
+        psa = await self._psa(trace, assessed)
         return JSONResponse(
             replies.moderation(trace.id, self.model.name, verdict, self.engine.taxonomy, psa)
         )
@@ -208,7 +225,11 @@ class Service:
         urls = [url for one in body.messages for url in protocol.image_urls(one.content)]
         tokens = self._tokens(body)
         images = await self._images(trace, urls)
-        return Ask(images, turns, trace.caller.policy, tokens, body.temperature or 0.0)
+        if trace.concepts and not images:
+            raise RequestError("concepts: without an image there is none to override", "concepts")
+        return Ask(
+            images, turns, trace.caller.policy, tokens, body.temperature or 0.0, trace.concepts
+        )
 
     def _turns(self, messages: Sequence[protocol.Message]) -> tuple[Turn, ...]:
         """The words of a conversation, no more than may be read: to read them takes time too."""
@@ -268,7 +289,7 @@ class Service:
         """The stream of an answer: its decision, its words as they come, and its end."""
         async with opened:
             try:
-                yield chunks.decision(self._psa(trace, answer))
+                yield chunks.decision(await self._psa(trace, answer))
                 part = first
                 while isinstance(part, str):
                     yield chunks.words(part)
@@ -282,15 +303,17 @@ class Service:
                     _logger.error("%s", unrecorded)
                 yield chunks.failure(failures.told(error))
 
-    def _psa(self, trace: _Trace, found: Assessed | Answer) -> replies.Psa:
-        return replies.psa(
-            found.verdict,
-            found.decision,
-            trace.pictures,
-            trace.caller.policy,
-            trace.record,
-            trace.timings,
+    async def _psa(self, trace: _Trace, found: Assessed | Answer) -> replies.Psa:
+        verdict, decision, policy = found.verdict, found.decision, trace.caller.policy
+        psa = replies.psa(
+            verdict, decision, trace.pictures, policy, trace.record, trace.timings
         )
+        if not trace.explains:
+            return psa
+        more = await run_in_threadpool(
+            explained, verdict, decision, trace.pictures, policy, self.engine
+        )
+        return {**psa, "explained": more}
 
     async def _in_time(self, trace: _Trace, work: Awaitable[Result]) -> Result:
         left = trace.start + self.limits.seconds - time.perf_counter()

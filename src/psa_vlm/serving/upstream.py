@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from openai.types.chat import ChatCompletionMessageParam
     from PIL.Image import Image
 
+    from psa_vlm.model.calibration import Calibration
     from psa_vlm.taxonomy import Taxonomy
 
 CONNECT = 5.0
@@ -78,6 +79,10 @@ class Upstream:
     @property
     def taxonomy(self) -> Taxonomy:
         return self.local.taxonomy
+
+    @property
+    def calibration(self) -> Calibration | None:
+        return self.local.calibration
 
     @property
     def waiting(self) -> int:
