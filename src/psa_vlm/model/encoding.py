@@ -38,7 +38,7 @@ def encode(
         projected = backbone.model.get_encoder(modality="image")(**wanted)
         seen = projected.last_hidden_state  # [B, (1+)N, Dv]
         maps = backbone.spec.arrange(seen, inputs, positions, backbone.model.config)
-        kept = BaseModelOutputWithPooling(pooler_output=list(seen))
+        kept = BaseModelOutputWithPooling(pooler_output=list(seen))  # type: ignore[arg-type]
         return ImageFeatures(tuple(maps), kept, tuple(marks), tuple(positions))
     with _inputs_of(backbone.model.get_submodule(backbone.spec.projector)) as collected:
         projected = backbone.model.get_image_features(**wanted, return_dict=True)

@@ -359,9 +359,9 @@ def spec_for(model_type: str) -> BackboneSpec:
     for spec in SPECS.values():
         if model_type in spec.model_types:
             return spec
-    specs = (*SPECS.values(), *ENCODERS.values())
-    known = ", ".join(sorted(name for spec in specs for name in spec.model_types))
+    known = [name for spec in SPECS.values() for name in spec.model_types]
+    known += [name for facts in ENCODERS.values() for name in facts.model_types]
     raise CheckpointError(
-        f"model type {model_type!r} is not known (known: {known}): "
+        f"model type {model_type!r} is not known (known: {', '.join(sorted(known))}): "
         "add a BackboneSpec for it to psa_vlm.model.families.SPECS, see docs/add-a-backbone.md"
     )

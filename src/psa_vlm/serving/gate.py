@@ -24,7 +24,7 @@ from psa_vlm.serving.keys import is_loopback
 if TYPE_CHECKING:
     from psa_vlm.serving.service import Service
 
-API = "/v1/"
+API = ("/v1/", "/ui/chat")
 """Where what costs something begins."""
 
 

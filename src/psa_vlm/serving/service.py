@@ -305,9 +305,7 @@ class Service:
 
     async def _psa(self, trace: _Trace, found: Assessed | Answer) -> replies.Psa:
         verdict, decision, policy = found.verdict, found.decision, trace.caller.policy
-        psa = replies.psa(
-            verdict, decision, trace.pictures, policy, trace.record, trace.timings
-        )
+        psa = replies.psa(verdict, decision, trace.pictures, policy, trace.record, trace.timings)
         if not trace.explains:
             return psa
         more = await run_in_threadpool(
