@@ -81,7 +81,10 @@ def test_bits_reach_the_loading(llava_dir: Path, asked: dict[str, Any], bits: An
     assert "model.multi_modal_projector.linear_1" in how.llm_int8_skip_modules
 
 
-def test_a_configuration_reaches_the_loading(llava_dir: Path, asked: Any, tmp_path: Path) -> None:
+def test_a_configuration_reaches_the_loading(
+    llava_dir: Path, asked: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("psa_vlm.training.runs.device", lambda: "cuda")
     config = Stage1Config(
         backbone=str(llava_dir), out=tmp_path / "run", bits=4, attention="eager", dtype="float16"
     )
