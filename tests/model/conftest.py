@@ -544,3 +544,10 @@ def family_dir(
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture()
+def family(request: pytest.FixtureRequest) -> str:
+    """The name of the family that `family_dir` is of."""
+    name: str = request.node.callspec.params["family_dir"]
+    return name

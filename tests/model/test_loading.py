@@ -81,7 +81,10 @@ def test_bits_reach_the_loading(llava_dir: Path, asked: dict[str, Any], bits: An
     assert "model.multi_modal_projector.linear_1" in how.llm_int8_skip_modules
 
 
-def test_a_configuration_reaches_the_loading(llava_dir: Path, asked: Any, tmp_path: Path) -> None:
+def test_a_configuration_reaches_the_loading(
+    llava_dir: Path, asked: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("psa_vlm.training.runs.device", lambda: "cuda")
     config = Stage1Config(
         backbone=str(llava_dir), out=tmp_path / "run", bits=4, attention="eager", dtype="float16"
     )
@@ -93,12 +96,12 @@ def test_a_configuration_reaches_the_loading(llava_dir: Path, asked: Any, tmp_pa
     assert asked["quantization_config"].load_in_4bit
 
 
-def test_only_the_language_model_is_quantised(family_dir: Path) -> None:
+def test_only_the_language_model_is_quantised(family_dir: Path, family: str) -> None:
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     backbone = Backbone.from_pretrained(family_dir)
     skipped = loading.kept_whole(AutoConfig.from_pretrained(family_dir))
-    layers = SPECS[family_dir.name.removesuffix("0")].language_layers
+    layers = SPECS[family].language_layers
     for name, module in backbone.model.named_modules():
         if isinstance(module, torch.nn.Linear):
             assert should_convert_module(name, skipped) == bool(re.fullmatch(layers, name)), name
