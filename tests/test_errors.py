@@ -15,6 +15,7 @@ EXIT_CODES = {
     "DataError": 2,
     "PolicyError": 2,
     "ConfigError": 2,
+    "NoLanguageModel": 2,
     "CheckpointError": 1,
     "TaxonomyMismatch": 1,
     "VerdictError": 1,
@@ -48,6 +49,7 @@ def test_a_missing_extra_names_its_install_command() -> None:
     [
         errors.ImageError("a.png: gone"),
         errors.MissingExtra("plotly", "eval"),
+        errors.NoLanguageModel("reply", "clip"),
         errors.Overloaded(3),
         errors.RequestError("no such model", "model", "model_not_found", 404),
     ],
