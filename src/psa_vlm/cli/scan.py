@@ -57,7 +57,8 @@ def scan(
     rules = Policy.load(policy) if policy else Policy.from_yaml(home(model) / "policy.yaml")
     job = run.Scan(source, out, model, rules, text, base, column, batch, rows)
     columns = ("scan", BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
-    with Bar(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+    console = Console(stderr=True)
+    with Bar(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
         task = bar.add_task("", total=None, rate="the actors start")
 
         def watch(at: run.Progress) -> None:

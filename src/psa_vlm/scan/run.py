@@ -123,7 +123,8 @@ def scan(
     job.policy.check(Taxonomy.from_yaml(home(job.model) / "taxonomy.yaml"))
     source, output = Source(job.source, job.column), Output(job.out)
     units, left_out = source.units(job.rows)
-    _check_apart(source, output)
+    if f"{job.out}/".startswith(f"{job.source}/"):
+        raise ConfigError(f"{job.out}: lies in {job.source}, which is scanned; choose another")
     output.begin(
         {
             "source": job.source,
@@ -142,12 +143,6 @@ def scan(
                 progress.add(done)
                 watch(progress)
     return Summary(output.counts(), dict(left_out), progress.images, progress.seconds)
-
-
-def _check_apart(source: Source, output: Output) -> None:
-    _, folder, _ = source.place()
-    if f"{output.folder}/".startswith(f"{folder}/"):
-        raise ConfigError(f"{output.url}: lies in {source.url}, which is scanned; choose another")
 
 
 class Worker:

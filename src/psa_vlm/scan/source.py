@@ -131,7 +131,7 @@ class Source:
                 sizes = [
                     parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)
                 ]
-        except (OSError, pa.ArrowException):
+        except Exception:
             return [Unit(file)]  # reading it gives the row that says so
         if self._column(schema, file) is None:
             return []
@@ -190,7 +190,9 @@ class Source:
                             if content
                             else Read(key, None, "no image in this row")
                         )
-        except (OSError, pa.ArrowException) as error:
+        except InputError:
+            raise
+        except Exception as error:  # of Parquet, of the store
             where = "" if row is None else f" from row {row} on"
             yield Read(
                 unit.file if row is None else f"{unit.file}#{row}",
