@@ -66,7 +66,7 @@ class Summary:
     @property
     def rate(self) -> float | None:
         """Images a second, None if none was assessed."""
-        return self.assessed / self.seconds if self.assessed else None
+        return self.assessed / self.seconds if self.seconds else None
 
 
 @dataclass
