@@ -6,6 +6,7 @@ import errno
 import hashlib
 import io
 import json
+import os
 import signal
 import struct
 import subprocess
@@ -456,6 +457,7 @@ def start(job: Scan, *options: str) -> subprocess.Popen[str]:
     command += ["--rows", "1", "--actors", "1", "--json", *options]
     return subprocess.Popen(
         [sys.executable, "-c", PROGRAM, *command],
+        env=os.environ | {"RAY_worker_niceness": "0"},  # or a busy machine starves them
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

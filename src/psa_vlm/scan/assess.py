@@ -100,7 +100,7 @@ def _batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
 def _ahead(items: Iterator[T]) -> Iterator[T]:
     """The same items; the next is made while one is used."""
     with ThreadPoolExecutor(1) as pool:
-        pending = pool.submit(next, items, None)
+        pending = pool.submit(lambda: next(items, None))
         while (item := pending.result()) is not None:
-            pending = pool.submit(next, items, None)
+            pending = pool.submit(lambda: next(items, None))
             yield item

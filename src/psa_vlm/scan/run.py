@@ -162,7 +162,7 @@ class Worker:
         except PsaVlmError as error:  # told by the first part, in one line
             self.failed = str(error)
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, batch: Any) -> dict[str, Any]:
         """Do a part; what comes back is how much that was and how long it took."""
         (part,), begun, images = batch["part"].tolist(), time.time(), 0
         try:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import fsspec
 import pyarrow as pa
@@ -135,7 +135,8 @@ class Source:
             return [Unit(file)]  # reading it gives the row that says so
         if self._column(schema, file) is None:
             return []
-        units, start, count = [], 0, 0
+        units: list[Unit] = []
+        start = count = 0
         for index, size in enumerate(sizes):
             count += size
             if count >= rows or index + 1 == len(sizes):
@@ -253,7 +254,7 @@ class _Member(tarfile.TarInfo):
     """A member whose header must be whole: tarfile takes a broken one for the end of the tar."""
 
     @classmethod
-    def fromtarfile(cls, archive: tarfile.TarFile) -> _Member:
+    def fromtarfile(cls, archive: tarfile.TarFile) -> Self:
         try:
             return super().fromtarfile(archive)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
