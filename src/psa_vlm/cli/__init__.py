@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from psa_vlm.cli import ask, data, measure, policy, service, sharing, testbed, train
+from psa_vlm.cli import ask, data, measure, policy, scan, service, sharing, testbed, train
 from psa_vlm.errors import PsaVlmError
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ for command in (
     ask.chat,
     measure.evaluate,
     measure.calibrate,
+    scan.scan,
     service.serve,
     sharing.export,
     sharing.import_official,

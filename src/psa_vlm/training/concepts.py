@@ -83,7 +83,7 @@ def train_concepts(
     check_labelled(samples)
     keyed = [[(image_key(image), image) for image in sample.images] for sample in samples]
     with main_first():
-        cache = FeatureCache(work.folder / "features", backbone)
+        cache = FeatureCache(work.folder / "features", backbone, config.cache_gb * 1e9)
         cache.add((pair for pairs in keyed for pair in pairs), config.encode_batch)
     rows = [
         _Row(
@@ -100,7 +100,7 @@ def train_concepts(
     set_seed(work.seed)
     bottleneck = SafetyBottleneck(
         BottleneckConfig(
-            vision_width=cache[rows[0].key].shape[-1],
+            vision_width=cache.read([rows[0].key])[rows[0].key].shape[-1],
             text_width=backbone.text_width,
             types=len(taxonomy.types),
             levels=len(taxonomy.levels),
@@ -115,7 +115,8 @@ def train_concepts(
         ]
 
     def collate(batch: list[_Row]) -> dict[str, Any]:
-        maps = [cache[row.key][row.frame] for row in batch]
+        found = cache.read(row.key for row in batch)
+        maps = [found[row.key][row.frame] for row in batch]
         alike = len({features.shape for features in maps}) == 1
         return {
             "features": torch.stack(maps) if alike else maps,
@@ -124,6 +125,8 @@ def train_concepts(
             "levels": torch.tensor([row.level for row in batch]),
         }
 
+    if not cache.complete:  # a process that reads ahead can't use the GPU
+        config = config.model_copy(update={"workers": 0})
     task = _Concepts(bottleneck, backbone, config.weight, *weights)
     history = fit(task, Rows(rows), collate, config, work)
     return bottleneck.eval(), history

@@ -65,6 +65,8 @@ class ConceptsConfig(Schedule):
     """Weigh each type and level by the inverse of its frequency in the samples."""
     encode_batch: int = Field(default=32, ge=1)
     """Images in one pass of the vision encoder, whose features are kept on disk."""
+    cache_gb: float = Field(default=100.0, ge=0)
+    """Most that they may take, in 10^9 bytes; past it images are encoded in every epoch."""
     hidden: int = Field(default=1088, ge=1)
     """Channels of the safety projector."""
     tokens: int = Field(default=64, ge=1)
@@ -86,6 +88,8 @@ class LanguageSchedule(Schedule):
 
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them: less memory, more time."""
+    group_by_length: bool = False
+    """Put samples of like length into a batch, so that little of it is padding."""
 
 
 class TokensConfig(LanguageSchedule):
