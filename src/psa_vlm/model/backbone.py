@@ -201,7 +201,7 @@ class Backbone:
 
     @cached_property
     def _builder(self) -> PromptBuilder:
-        _, (mark,) = self._processed([_blank()], [1])
+        _, (mark,) = self.process([_blank()], [1])
         return PromptBuilder(self.processor, mark, self.max_tokens)
 
     def _positions(self, mark: str) -> int:
@@ -210,7 +210,6 @@ class Backbone:
 
     # --- the way of a request --------------------------------------------------------------------
 
-    @torch.no_grad()
     def encode(
         self, images: Sequence[Image], image_counts: Sequence[int] | None = None
     ) -> ImageFeatures:
@@ -228,7 +227,11 @@ class Backbone:
             raise InputError("encode needs at least one image")
         if image_counts is None or not self.spec.grouped:
             image_counts = [1] * len(images)
-        inputs, marks = self._processed(images, [count for count in image_counts if count])
+        with torch.no_grad():
+            return self.encode_inputs(*self.process(images, [c for c in image_counts if c]))
+
+    def encode_inputs(self, inputs: Mapping[str, Tensor], marks: Sequence[str]) -> ImageFeatures:
+        """`encode` of what `process` made of images; gradients pass to the pixel values."""
         wanted = {name: inputs[name] for name in self.spec.image_inputs if name in inputs}
         with _inputs_of(self.model.get_submodule(self.spec.projector)) as seen:
             projected = self.model.get_image_features(**wanted, return_dict=True)
@@ -247,10 +250,15 @@ class Backbone:
             joined,
         )
 
-    def _processed(
+    def process(
         self, images: Sequence[Image], image_counts: Sequence[int]
     ) -> tuple[dict[str, Any], list[str]]:
-        """What the processor makes of images, and what stands for each in the text of a prompt."""
+        """What the processor makes of images, and what stands for each in the text of a prompt.
+
+        Args:
+            images: of all prompts in order.
+            image_counts: how many each prompt has, 1 or more.
+        """
         rest = iter(images)
         inputs = self.processor(
             images=[list(islice(rest, count)) for count in image_counts],
