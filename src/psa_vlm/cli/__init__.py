@@ -22,6 +22,7 @@ for command in (
     ask.chat,
     measure.evaluate,
     measure.calibrate,
+    measure.attack,
     service.serve,
     sharing.export,
     sharing.import_official,
