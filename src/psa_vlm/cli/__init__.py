@@ -23,6 +23,7 @@ for command in (
     measure.evaluate,
     measure.calibrate,
     measure.attack,
+    measure.faithfulness,
     service.serve,
     sharing.export,
     sharing.import_official,

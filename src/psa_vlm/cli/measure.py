@@ -174,3 +174,44 @@ def attack(
     else:
         Console().print(results.table())
         Console().print(f"report: {out / 'attack.html'}   figures: {out / 'attack.json'}")
+
+
+def faithfulness(
+    run: Annotated[Path, typer.Argument(help="A run folder.")] = DEMO_RUN,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="A labelled set in any known layout; default: the testbed's."),
+    ] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of the images.")] = None,
+    map_file: MapFile = None,
+    limit: Annotated[int, typer.Option(help="Requests of each kind, or samples.", min=1)] = 100,
+    seed: Annotated[int, typer.Option(help="Of the testbed's requests and random maps.")] = 0,
+    base: Base = None,
+    as_json: Json = False,
+) -> None:
+    """Test explanations: is the evidence where the risk is, and does the right concept repair?"""
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from psa_vlm.evaluation.faithfulness import explain, intervene
+
+    vlm = load_run(run, base)
+    if data is None:
+        from psa_vlm.testbed.cases import CELLS, evaluation_samples
+
+        samples = [
+            sample
+            for cell in CELLS
+            for sample in evaluation_samples("compositions", cell, limit, seed)
+        ]
+    else:
+        from psa_vlm.data.readers import read
+
+        samples = read(data, images, vlm.taxonomy, categories=map_file)[:limit]
+    found, changed = explain(vlm, samples, seed), intervene(vlm, samples)
+    if as_json:
+        print_json({"evidence": asdict(found), "interventions": asdict(changed)})
+    else:
+        Console().print(found.table())
+        Console().print(changed.table())
