@@ -103,13 +103,12 @@ def _defocus_blur(x: Array, s: int, rng: np.random.Generator) -> Array:
 
 
 def _glass_blur(x: Array, s: int, rng: np.random.Generator) -> Array:
-    """Pixels swapped with near ones, between two blurs."""
+    """Pixels taken from near ones by chance, between two blurs."""
     sigma = _length(x, (0.7, 0.9, 1.0, 1.1, 1.5)[s])
-    reach = max(1.0, _length(x, (1, 2, 2, 3, 4)[s]))
+    reach = _length(x, (1, 2, 2, 3, 4)[s])
     x = ndimage.gaussian_filter(x, (sigma, sigma, 0))
     for _ in range((2, 1, 3, 2, 2)[s]):
-        offset = rng.uniform(-reach, reach, (2, *x.shape[:2])).round()
-        x = _moved(x, offset, order=0)
+        x = _moved(x, rng.uniform(-reach, reach, (2, *x.shape[:2])), order=1)
     return ndimage.gaussian_filter(x, (sigma, sigma, 0))
 
 
