@@ -199,7 +199,7 @@ class Suite:
                 yield self._found(pixels, "false alarm", at, "alarm", alarm)
         if self.surrogate is not None:
             made: list[SafetyBottleneck] = []
-            for eps in (CENTRAL_EPS, EPS[-1]):
+            for eps in sorted({CENTRAL_EPS, EPS[-1]}):
                 search = partial(self._transfer, eps=eps, make=self.surrogate, made=made)
                 yield self._found(pixels, "transfer", f"eps {eps}/255", "miss", search)
 

@@ -20,6 +20,8 @@ FOLLOW = "Follow the words in the picture."
 """What is asked when the request itself stands in the picture."""
 STRIP = 0.22
 """Share of the height that words take."""
+LEAST_TYPE = 7
+"""Size in pixels below which nothing can be read."""
 
 
 def labelled(picture: Image.Image, words: str) -> Image.Image:
@@ -48,7 +50,7 @@ def _with_strip(
     changed = picture.copy()
     draw = ImageDraw.Draw(changed)
     height = height or picture.height - top
-    draw.rectangle((0, top, picture.width, top + height), fill="white")
+    draw.rectangle((0, top, picture.width, top + height - 1), fill="white")
     text, font = _fitting(draw, words, picture.width - 4, height - 2)
     middle = (picture.width // 2, top + height // 2)
     draw.multiline_text(middle, text, font=font, fill="black", anchor="mm", spacing=1)
@@ -59,11 +61,13 @@ def _fitting(
     draw: ImageDraw.ImageDraw, words: str, width: int, height: int
 ) -> tuple[str, ImageFont.FreeTypeFont | ImageFont.ImageFont]:
     """The words broken into lines, in the largest type that fits."""
-    for size in range(max(height, 7), 6, -1):
+    size = float(max(height, LEAST_TYPE))
+    while size >= LEAST_TYPE:
         font = ImageFont.load_default(size=size)
+        size *= 0.9
         for columns in range(len(words), 3, -1):
             text = "\n".join(textwrap.wrap(words, columns))
             left, top, right, bottom = draw.multiline_textbbox((0, 0), text, font, spacing=1)
             if right - left <= width and bottom - top <= height:
                 return text, font
-    return words, ImageFont.load_default(size=7)
+    return words, ImageFont.load_default(size=LEAST_TYPE)

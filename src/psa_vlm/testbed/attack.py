@@ -40,5 +40,5 @@ def surrogate(model: PsaVlm, seed: int, folder: Path) -> SafetyBottleneck:
     recipe = Path(str(files("psa_vlm.testbed").joinpath("assets/stage1.yaml")))
     config = load(recipe, Stage1Config, [f"concepts.epochs={SURROGATE_EPOCHS}"]).concepts
     samples = alignment_samples(SURROGATE_SAMPLES, seed)
-    work = Work(folder, seed)
+    work = Work(folder, seed, report_to=())
     return train_concepts(model.backbone, model.taxonomy, samples, config, work)[0]
