@@ -89,10 +89,10 @@ def test_the_order_decides_what_goes_first(
         return same.flatten(1).all(1).float().tolist()
 
     monkeypatch.setattr(scene, "scores", corner)
-    first = np.array([15, *range(15)])
+    first = [15, *range(15)]
     assert scene.curve(first, insertion=False) == [1] + [0] * 10
     assert scene.curve(first, insertion=True) == [0] + [1] * 10
-    last = np.arange(16)
+    last = list(range(16))
     assert scene.curve(last, insertion=False) == [1] * 10 + [0]
     assert scene.curve(last, insertion=True) == [0] * 10 + [1]
 

@@ -125,14 +125,14 @@ def explain(model: PsaVlm, samples: Sequence[Sample], seed: int = 0) -> Faithful
     for sample in track(_seen_as_risky(model, samples), "explanations"):
         count += 1
         scene = _Scene(model, sample)
-        maps = {"evidence": scene.evidence, "gradient": scene.gradient()}
-        maps["random"] = rng.random(scene.evidence.shape)
+        maps: dict[str, Array] = {"evidence": scene.evidence, "gradient": scene.gradient()}
+        maps["random"] = rng.random(size=scene.evidence.shape)
         for name in MAPS:
-            order = np.argsort(-maps[name], axis=None, kind="stable")
+            order: list[int] = np.argsort(-maps[name], axis=None, kind="stable").tolist()
             for kind in ("deletion", "insertion"):
                 curves.setdefault((kind, name), []).append(scene.curve(order, kind == "insertion"))
             if BOX in sample.tags:
-                hits[name].append(scene.on_thing(int(order[0])))
+                hits[name].append(scene.on_thing(order[0]))
     if not count:
         raise DataError("no sample is risky and seen as risky: there is no evidence to test")
     areas = {key: [float(np.mean(curve)) for curve in found] for key, found in curves.items()}
@@ -170,7 +170,9 @@ def intervene(model: PsaVlm, samples: Sequence[Sample], max_new_tokens: int = 40
 
     def right(sample: Sample) -> Mapping[str, str]:
         found = dict.fromkeys(words.risk_types, words.safe_level)
-        return found | ({} if sample.type == words.clean else {sample.type: sample.level})  # type: ignore[dict-item]
+        if sample.type != words.clean:
+            found[str(sample.type)] = str(sample.level)
+        return found
 
     def ask(part: Sequence[Sample], concepts: Mapping[str, str] | None) -> list[Any]:
         images, texts = [one.images for one in part], [one.question for one in part]
@@ -253,7 +255,7 @@ class _Scene:
         pooled: Array = F.adaptive_avg_pool2d(strength.float(), grid)[0, 0].double().cpu().numpy()
         return pooled
 
-    def curve(self, order: Array, insertion: bool) -> list[float]:
+    def curve(self, order: Sequence[int], insertion: bool) -> list[float]:
         """Scores at each of `FRACTIONS`, with parts taken away (or shown) in this order.
 
         What is away has the image's mean colour.
@@ -261,7 +263,7 @@ class _Scene:
         cells = self.evidence.size
         shown = torch.full((len(FRACTIONS), cells), not insertion)
         for row, fraction in enumerate(FRACTIONS):
-            shown[row, order[: round(fraction * cells)].tolist()] = insertion
+            shown[row, list(order[: round(fraction * cells)])] = insertion
         grid = shown.view(-1, 1, *self.evidence.shape).float()
         mask = F.interpolate(grid, self.pixels.shape[-2:], mode="nearest-exact").bool()
         mean = self.pixels.mean((2, 3), keepdim=True)
@@ -270,7 +272,7 @@ class _Scene:
     def on_thing(self, cell: int) -> bool:
         """Whether the middle of a part lies in the box, which is of the whole image."""
         left, top, right, bottom = map(float, str(self.box).split())
-        rows, columns = self.evidence.shape
+        rows, columns = map(int, self.evidence.shape)
         y = (cell // columns + 0.5) / rows * self.size[1]
         x = (cell % columns + 0.5) / columns * self.size[0]
         return left <= x <= right and top <= y <= bottom

@@ -50,9 +50,9 @@ class _Concepts(Task):
         bottleneck: SafetyBottleneck,
         backbone: Backbone,
         weight: float,
+        hardening: Hardening,
         type_weights: Tensor | None,
         level_weights: Tensor | None,
-        hardening: Hardening,
     ) -> None:
         super().__init__()
         self.bottleneck = bottleneck
@@ -162,7 +162,7 @@ def train_concepts(
         harder = batch[: math.ceil(config.hardening.share * len(batch))]
         return [open_images(row.image)[row.frame] for row in harder]
 
-    task = _Concepts(bottleneck, backbone, config.weight, *weights, config.hardening)
+    task = _Concepts(bottleneck, backbone, config.weight, config.hardening, *weights)
     history = fit(task, Rows(rows), collate, config, work)
     return bottleneck.eval(), history
 
