@@ -25,8 +25,8 @@ SMALL = {"num_hidden_layers": 1, "num_attention_heads": 2}
 def scripts(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
     """The scripts, with a real-size shape that is small."""
     monkeypatch.syspath_prepend(FOLDER)
-    names = ("common", "calibration", "inference", "plain_engine", "prepare", "scan", "serving")
-    names += ("stage1", "training")
+    names = ("common", "calibration", "defence", "inference", "plain_engine", "prepare", "scan")
+    names += ("serving", "stage1", "training")
     found = {name: importlib.import_module(name) for name in names}
     vision = {"hidden_size": 16, "intermediate_size": 16, "image_size": 28, **SMALL}
     language = {"hidden_size": 16, "intermediate_size": 16, "num_key_value_heads": 2, **SMALL}
@@ -226,3 +226,13 @@ def test_the_real_size_needs_cuda(
             scripts[name].main(["--shape", "llava-1.5-7b"])
         assert stopped.value.code == 2
         assert "needs a CUDA device" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_defence(scripts: dict[str, ModuleType], run_dir: Path, tmp_path: Path) -> None:
+    one = ("--scenes", "2", "--epochs", "1", "--requests", "1", "--steps", "1", "--restarts", "1")
+    out = tmp_path / "out.json"
+    where = ("--work", str(tmp_path / "work"), "--json", str(out))
+    scripts["defence"].main([str(run_dir), "--recipes", "adversarial", *one, *where])
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["recipe"] == "adversarial" and len(row) == 6
+    assert {share["n"] for name, share in row.items() if name != "recipe"} == {1}

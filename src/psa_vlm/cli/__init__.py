@@ -22,6 +22,8 @@ for command in (
     ask.chat,
     measure.evaluate,
     measure.calibrate,
+    measure.attack,
+    measure.faithfulness,
     scan.scan,
     service.serve,
     sharing.export,

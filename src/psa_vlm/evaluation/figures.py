@@ -10,9 +10,13 @@ import math
 from typing import Any
 
 from psa_vlm.evaluation.scorecard import METHODS, Metric, Scorecard, format_ci, format_value
-from psa_vlm.evaluation.scorers import Bin
+from psa_vlm.evaluation.scorers import Bin, Interval
 
 Figure = dict[str, Any]
+Series = dict[str, list[tuple[float, Interval]]]
+"""Name -> points of a line: x, and a share with its interval."""
+
+LINES = ("--stage2", "--bad", "--lora", "--system_prompt", "--base", "--stage1")
 
 
 def bars(scorecard: Scorecard, metric: Metric) -> Figure:
@@ -71,6 +75,44 @@ def curve(steps: list[int], values: list[float]) -> Figure:
     layout["xaxis"] |= {"nticks": 5}
     layout["yaxis"] |= {"nticks": 5, "rangemode": "tozero"}
     return {"data": [line], "layout": layout}
+
+
+def shares(series: Series, title: str) -> Figure:
+    """Shares with 95% intervals over a quantity that `title` names, one line for each name."""
+    data = []
+    named = [(name, points) for name, points in series.items() if points]
+    for index, (name, points) in enumerate(named):
+        colour = LINES[index % len(LINES)]
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "lines+markers",
+                "name": name,
+                "x": [x for x, _ in points],
+                "y": [one.value for _, one in points],
+                "line": {"color": colour, "width": 2},
+                "marker": {"color": colour},
+                "error_y": {
+                    "type": "data",
+                    "symmetric": False,
+                    "array": [one.high - one.value for _, one in points],
+                    "arrayminus": [one.value - one.low for _, one in points],
+                    "color": colour,
+                    "thickness": 1,
+                    "width": 3,
+                },
+                "hovertext": [
+                    f"{name}: {one.value:.1%} ({one.low:.1%}-{one.high:.1%}), n {one.n}"
+                    for _, one in points
+                ],
+                "hoverinfo": "text",
+            }
+        )
+    layout = _layout(height=300)
+    layout["xaxis"] |= {"title": {"text": title}, "nticks": 6}
+    layout["yaxis"] |= {"tickformat": ".0%", "range": [-0.02, 1.04]}
+    legend = {"orientation": "h", "y": 1.02, "yanchor": "bottom"}
+    return {"data": data, "layout": layout | {"showlegend": len(named) > 1, "legend": legend}}
 
 
 def reliability(bins: list[Bin]) -> Figure:
