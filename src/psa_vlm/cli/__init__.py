@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from psa_vlm.cli import ask, data, measure, policy, service, sharing, testbed, train
+from psa_vlm.cli import ask, compare, data, measure, policy, service, sharing, testbed, train
 from psa_vlm.errors import PsaVlmError
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ for command in (
     ask.chat,
     measure.evaluate,
     measure.calibrate,
+    compare.compare,
     service.serve,
     sharing.export,
     sharing.import_official,
@@ -31,6 +32,7 @@ for command in (
 for name, group in {
     "train": train.app,
     "data": data.app,
+    "ab": compare.app,
     "policy": policy.app,
     "audit": service.audit_app,
     "keys": service.keys_app,
