@@ -22,7 +22,7 @@ def inspect_stays_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
         yield
 
 
-@pytest.fixture()
+@pytest.fixture(scope="module")
 def inspecting() -> Iterator[None]:
     """For tests that run Inspect, which leaves a stream of its own to the garbage collector."""
     yield
@@ -42,7 +42,9 @@ def scripted(inspecting: None) -> Callable[..., Any]:
             self.say = say
             self.calls: list[Any] = []
 
-        async def generate(self, input: list[Any], *_: Any) -> ModelOutput:
+        async def generate(
+            self, input: list[Any], tools: Any, tool_choice: Any, config: Any
+        ) -> ModelOutput:
             self.calls.append(input)
             return ModelOutput.from_content(self.model_name, self.say(input[-1].text))
 

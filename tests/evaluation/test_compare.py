@@ -12,6 +12,7 @@ from scipy.stats import binomtest
 from psa_vlm.errors import DataError
 from psa_vlm.evaluation.ab import Pair, Ratings, app, pairs, swapped
 from psa_vlm.evaluation.compare import compare, disagreements, paired_test, write_comparison
+from psa_vlm.evaluation.results import read_log
 from psa_vlm.evaluation.running import Asked, evaluate
 from psa_vlm.evaluation.tasks import benchmark_named
 
@@ -41,10 +42,9 @@ def test_permutation_over_all_swaps_and_over_draws() -> None:
 def test_two_runs_end_to_end(scripted: Callable[..., Any], figstep: Path, tmp_path: Path) -> None:
     """One log where all three are answered, one where all are refused."""
     samples = benchmark_named("figstep").read(figstep)
-    logs = [
-        evaluate("figstep", samples, scripted(say, name), Asked(), tmp_path / name)[1]
-        for name, say in (("open", lambda _: "<b>Yes</b>"), ("shut", lambda _: REFUSAL))
-    ]
+    for name, say in (("open", lambda _: "<b>Yes</b>"), ("shut", lambda _: REFUSAL)):
+        evaluate("figstep", samples, scripted(say, name), Asked(), tmp_path / name)
+    logs = [read_log(tmp_path / name) for name in ("open", "shut")]
     comparison = compare(logs)
     [whole] = [d for d in comparison.differences if (d.group, d.judge) == ("all", "rules")]
     assert (whole.change, whole.n, whole.p) == (-1.0, 3, 0.25)
@@ -56,7 +56,7 @@ def test_two_runs_end_to_end(scripted: Callable[..., Any], figstep: Path, tmp_pa
     write_comparison(page, comparison, cases, "psa-vlm compare")
     text = page.read_text("utf-8")
     assert "&lt;b&gt;Yes" in text and "<b>Yes" not in text
-    assert text.count("data:image/png;base64,") == 3 and "100.0%" in text
+    assert text.count('<img src="data:image/png;base64,') == 3 and "100.0%" in text
     assert all(word in text for word in ("McNemar", "rules", "phrases", "scripted/open", "Holm"))
 
     shown = pairs(*logs)
