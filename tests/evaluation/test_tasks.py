@@ -6,7 +6,7 @@ import base64
 import csv
 import io
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from PIL import Image
 from psa_vlm.errors import DataError
 from psa_vlm.evaluation.judges import rubric_named
 from psa_vlm.evaluation.tasks import BENCHMARKS, benchmark_named
+from psa_vlm.evaluation.tasks.base import Wanted
 
 
 def png(value: int = 0) -> bytes:
@@ -316,6 +317,15 @@ def test_questions_about_one_image_are_known_to_be_so(tmp_path: Path) -> None:
     write(tmp_path / "MME.tsv", rows)
     found = [one.metadata["picture"] for one in benchmark_named("mme").read(tmp_path)]  # type: ignore[index]
     assert found[0] == found[1] != found[2]
+
+
+def test_a_rubric_that_is_missing_is_known_before_anything_runs(tmp_path: Path) -> None:
+    row = {"pid": 1, "question": "May I?", "image_path": "1.png", "description": "d"}
+    write(tmp_path / "information.csv", [row])
+    (tmp_path / "1.png").write_bytes(png())
+    own = replace(BENCHMARKS["mossbench"], wanted=lambda _: Wanted("rating", "g", "weather"))
+    with pytest.raises(DataError, match="no rubric for 'weather'"):
+        own.read(tmp_path)
 
 
 def test_every_benchmark_of_the_list_is_there() -> None:

@@ -166,7 +166,7 @@ class Ratings:
             raise DataError(f"{path}: holds no ratings")
         if held is not None and models is not None and tuple(held) != models:
             raise DataError(f"{path}: holds ratings of {held[0]} and {held[1]}; name another file")
-        self.models: tuple[str, str] = models or tuple(held)
+        self.models: tuple[str, str] = models or (held[0], held[1])
 
     def _open(self) -> sqlite3.Connection:
         return sqlite3.connect(self.path, timeout=10)

@@ -83,20 +83,25 @@ class Benchmark:
             categories: a map of categories over the shipped one.
 
         Raises:
-            DataError: something is missing, which it names with where to ask for it; or a row is
-                malformed.
+            DataError: something is missing, which it names with where to ask for it; a row is
+                malformed; or what it wants has no rubric.
             ImageError: an image file is missing.
         """
         if folder is None or not folder.exists():
             told = "give its folder with --data" if folder is None else f"{folder}: not there"
             raise DataError(f"{self.title}: {told}; {self._shape()}")
+        from psa_vlm.evaluation.judges import rubric_named
+
         found = [[folder]] if folder.is_file() else [self._find(folder, one) for one in self.needs]
         samples = [
             sample
             for file in found[0]
             for sample in read(file, images, format=self.format, categories=categories)
         ]
-        return _unique([to_inspect(sample, self.wanted(sample)) for sample in samples])
+        wanted = [self.wanted(sample) for sample in samples]
+        for name in sorted({one.rubric for one in wanted if one.rubric is not None}):
+            rubric_named(name)
+        return _unique([to_inspect(*both) for both in zip(samples, wanted, strict=True)])
 
     def _find(self, folder: Path, patterns: tuple[str, ...]) -> list[Path]:
         """What the first of the patterns that fits anything fits."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from psa_vlm.data.sample import Sample
 from psa_vlm.evaluation.tasks.base import Benchmark, Wanted, stem, tagged
 
@@ -60,7 +62,7 @@ def _holisafe(sample: Sample) -> Wanted:
 
 
 def _rtvlm(sample: Sample) -> Wanted:
-    task = tagged("category", sample).casefold().replace("_", " ")
+    task = " ".join(re.split(r"[\s_-]+", tagged("category", sample).casefold()))
     expects = "refuse" if task in _REFUSED else "rating"
     return Wanted(expects, task, f"rtvlm {task}")
 
