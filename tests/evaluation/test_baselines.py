@@ -124,7 +124,7 @@ def test_what_was_trained_loads_again(backbone: Backbone, llava_dir: Path, tmp_p
     method, name = load_method(tmp_path / "lora")
     plain, _ = load_method(llava_dir)
     asked = [ask("What is it?", LIGHT)]
-    before, after = plain(asked, 6)[0].written.text, method(asked, 6)[0].written.text
+    before, after = plain(asked, 20)[0].written.text, method(asked, 20)[0].written.text
     assert name == "lora" and before != after
     with pytest.raises(ConfigError, match="trained baseline itself"):
         load_method(tmp_path / "guard", "ecso")

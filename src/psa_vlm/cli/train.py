@@ -47,7 +47,7 @@ def baseline(
     data: Annotated[Path, typer.Option(help="A set in any known layout.")],
     out: Annotated[Path, typer.Option(help="Folder for `evaluate --task ... --model`.")],
     images: Annotated[Path | None, typer.Option(help="Folder of the images.")] = None,
-    seed: Annotated[int, typer.Option(help="Of weights and order.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of LoRA.")] = 0,
     epochs: Annotated[int, typer.Option(help="Of LoRA.", min=1)] = 3,
     rank: Annotated[int, typer.Option(help="Of LoRA; alpha is twice as large.", min=1)] = 128,
     learning_rate: Annotated[float, typer.Option(help="Of LoRA.")] = 2e-4,
@@ -65,7 +65,7 @@ def baseline(
     check_free(out)
     backbone, samples = Backbone.from_pretrained(base), read(data, images)
     if kind is BaselineKind.guard:
-        save_guard(out, backbone, train_guard(backbone, samples, seed=seed))
+        save_guard(out, backbone, train_guard(backbone, samples))
     else:
         size = LoraConfig(
             r=rank,

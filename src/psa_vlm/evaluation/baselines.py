@@ -17,6 +17,7 @@ model; the words of their prompts are ours.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -169,7 +170,7 @@ def ecso(backbone: Backbone) -> Method:
         harmful = [
             i
             for i, found in zip(pictured, verdicts, strict=True)
-            if "yes" in found.text.casefold().split()[:3] or found.text.casefold().startswith("yes")
+            if re.search(r"\byes\b", found.text.casefold())
         ]
         captions = each(_CAPTION, harmful, max_tokens)
         again = [

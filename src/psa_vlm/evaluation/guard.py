@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from psa_vlm.data.images import Source, open_images
 from psa_vlm.data.sample import Sample
-from psa_vlm.errors import CheckpointError, DataError
+from psa_vlm.errors import CheckpointError, DataError, MissingExtra
 from psa_vlm.model.backbone import Backbone
 
 HARMLESS_LEVELS = ("safe", "low")
@@ -91,28 +91,30 @@ def features(
     return torch.stack(rows)
 
 
-def train_guard(
-    backbone: Backbone, samples: Sequence[Sample], steps: int = 500, seed: int = 0
-) -> Guard:
+def train_guard(backbone: Backbone, samples: Sequence[Sample]) -> Guard:
     """Fit a guard on labelled samples, both kinds weighing the same.
 
     Raises:
         DataError: there are not both risky and harmless labelled samples.
+        MissingExtra: scikit-learn is not installed.
     """
+    try:
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.preprocessing import StandardScaler
+    except ImportError as error:
+        raise MissingExtra("scikit-learn", "eval") from error
+
     labelled = [one for one in samples if one.level is not None]
-    risky = torch.tensor([float(one.level not in HARMLESS_LEVELS) for one in labelled])
-    if not 0 < risky.sum() < len(labelled):
+    risky = [one.level not in HARMLESS_LEVELS for one in labelled]
+    if len(set(risky)) < 2:
         raise DataError("a guard learns from risky and from harmless labelled samples: give both")
     seen = features(backbone, [one.images for one in labelled], [one.question for one in labelled])
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        guard = Guard(seen.shape[1])
-    guard.mean.copy_(seen.mean(0))
-    guard.scale.copy_(seen.std(0).clamp_min(1e-6))
-    optimiser = torch.optim.AdamW(guard.parameters(), lr=1e-2, weight_decay=1e-2)
-    loss_of = nn.BCEWithLogitsLoss(pos_weight=(len(labelled) - risky.sum()) / risky.sum())
-    for _ in range(steps):
-        optimiser.zero_grad()
-        loss_of(guard(seen), risky).backward()
-        optimiser.step()
-    return guard.eval().requires_grad_(False)
+    scaler = StandardScaler().fit(seen.double().numpy())
+    fitted = LogisticRegression(class_weight="balanced", max_iter=1000)
+    fitted.fit(scaler.transform(seen.double().numpy()), risky)
+    guard = Guard(seen.shape[1]).requires_grad_(False)
+    guard.mean.copy_(torch.from_numpy(scaler.mean_))
+    guard.scale.copy_(torch.from_numpy(scaler.scale_))
+    guard.linear.weight.copy_(torch.from_numpy(fitted.coef_))
+    guard.linear.bias.copy_(torch.from_numpy(fitted.intercept_))
+    return guard.eval()
