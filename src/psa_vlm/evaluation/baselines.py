@@ -35,7 +35,7 @@ from psa_vlm.model.probe import same_weights
 from psa_vlm.model.writing import Written
 from psa_vlm.policy.policy import Policy
 from psa_vlm.training.config import LoraConfig
-from psa_vlm.training.fit import Work
+from psa_vlm.training.fit import Work, check_extras
 from psa_vlm.training.language import dialogues, train_lora
 
 Baseline = Literal["plain", "system_prompt", "adashield", "ecso"]
@@ -263,8 +263,10 @@ def tune_lora(
 
     Raises:
         DataError: a sample has no answer.
+        MissingExtra: a package for training is not installed.
     """
     work = Work(out.with_name(f"{out.name}.work"), seed)
+    check_extras(work.report_to)
     adapter, _ = train_lora(backbone, dialogues(samples), config, work)
     with checkpoint.atomic_folder(out) as folder:
         adapter.save_pretrained(str(folder / "adapter"))
