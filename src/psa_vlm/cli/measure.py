@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,7 +18,16 @@ from psa_vlm.cli.options import (
     load_run,
     named_policy,
     print_json,
+    quiet,
+    wide_enough,
 )
+from psa_vlm.errors import InputError
+
+if TYPE_CHECKING:
+    from psa_vlm.evaluation.results import Results
+
+LOGS = Path("runs/evaluations")
+"""Where the logs of evaluations go."""
 
 
 class SuiteName(StrEnum):
@@ -35,24 +44,88 @@ class Scale(StrEnum):
 
 
 def evaluate(
-    model: Model = DEMO_RUN,
+    model: Annotated[
+        str,
+        typer.Option(
+            help="A run folder; with --task also a baseline's, a checkpoint's, a model of Inspect's"
+            " (openai/gpt-4o), or the URL of a service (http://localhost:8000/v1#name)."
+        ),
+    ] = str(DEMO_RUN),
+    task: Annotated[
+        str | None, typer.Option(help="A benchmark, as in figstep; see docs/evaluation.md.")
+    ] = None,
     data: Annotated[
         Path | None,
-        typer.Option(help="A labelled set in any known layout; default: the testbed's."),
+        typer.Option(help="The task's folder, or a labelled set in any known layout."),
     ] = None,
     images: Annotated[Path | None, typer.Option(help="Folder of the images.")] = None,
     map_file: MapFile = None,
-    limit: Annotated[int, typer.Option(help="Requests per cell, or samples.", min=1)] = 200,
-    seed: Annotated[int, typer.Option(help="Of the testbed's requests.")] = 0,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            help="Requests: of each cell of the testbed (200), of a set, or of a task (all).",
+            min=1,
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the testbed's requests, of draws.")] = 0,
     base: Base = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="With --task: plain, system_prompt, adashield or ecso.")
+    ] = None,
+    policy: PolicyOption = None,
+    judge: Annotated[
+        list[str] | None,
+        typer.Option(help="With --task: phrases, rules, or a model of Inspect's. Repeat it."),
+    ] = None,
+    judge_images: Annotated[
+        bool, typer.Option(help="With --task: show the images to a model as judge.")
+    ] = True,
+    epochs: Annotated[int, typer.Option(help="With --task: ask so often.", min=1)] = 1,
+    retries: Annotated[int, typer.Option(help="With --task: of a failed request.", min=0)] = 0,
+    cache: Annotated[bool, typer.Option(help="With --task: keep replies.")] = False,
+    batch: Annotated[int | None, typer.Option(help="With --task: at a time.", min=1)] = None,
+    device: Annotated[str | None, typer.Option(help="With --task: as in cuda.")] = None,
+    logs: Annotated[Path, typer.Option(help="With --task: folder for Inspect's log.")] = LOGS,
     as_json: Json = False,
 ) -> None:
-    """Score a run: attack success, refusal of harmless requests, accuracy, type and level F1."""
+    """Score a run: attack success, refusal of harmless requests, accuracy, type and level F1.
+
+    With --task, score any model on a published benchmark or the testbed, with Inspect.
+    """
     from rich.console import Console
+
+    if task is not None:
+        chosen = {"baseline": baseline, "policy": policy, "batch": batch, "device": device}
+        chosen["base"] = None if base is None else str(base)
+        results = _on_task(
+            task,
+            model,
+            chosen,
+            (data, images, map_file),
+            logs,
+            judges=tuple(judge or ("phrases", "rules")),
+            limit=limit,
+            epochs=epochs,
+            retries=retries,
+            cache=cache,
+            seed=seed,
+            images_to_judges=judge_images,
+            display="none" if as_json else "rich" if Console().is_terminal else "plain",
+        )
+        if as_json:
+            print_json(results.model_dump(mode="json"))
+        else:
+            wide_enough().print(results.table())
+            typer.echo(f"log: {results.log}   view: inspect view --log-dir {logs}")
+        return
 
     from psa_vlm.evaluation.evaluate import evaluate_samples
 
-    vlm = load_run(model, base)
+    given = {"--baseline": baseline, "--policy": policy, "--judge": judge, "--batch": batch}
+    if unused := next((name for name, value in given.items() if value is not None), None):
+        raise InputError(f"{unused} is for --task; name one")
+    run, limit = Path(model), limit or 200
+    vlm = load_run(run, base)
     if data is None:
         from psa_vlm.testbed.demo import evaluate_run
 
@@ -68,7 +141,7 @@ def evaluate(
 
     samples = read(data, images, vlm.taxonomy, categories=map_file)[:limit]
     summary = evaluate_samples(vlm, samples)
-    seen = Seen.load(home(model))
+    seen = Seen.load(home(run))
     shared = None if seen is None else contamination(samples, seen)
     if as_json:
         print_json(summary.to_dict() | {"contamination": shared and shared.to_dict()})
@@ -77,6 +150,31 @@ def evaluate(
         typer.echo(
             shared or f"contamination: unknown, {model} does not hold what it was trained on"
         )
+
+
+def _on_task(
+    name: str,
+    model: str,
+    chosen: dict[str, Any],
+    files: tuple[Path | None, Path | None, Path | None],
+    logs: Path,
+    **asked: Any,
+) -> Results:
+    from psa_vlm.evaluation.running import Asked, model_named
+    from psa_vlm.evaluation.running import evaluate as run
+    from psa_vlm.evaluation.tasks import benchmark_named
+    from psa_vlm.testbed import task as testbed
+
+    quiet()
+    if name == testbed.NAME:
+        samples = testbed.requests(asked["limit"] or 200, asked["seed"])
+        asked["limit"], longest = None, testbed.MAX_TOKENS
+    else:
+        benchmark = benchmark_named(name)
+        samples, longest = benchmark.read(*files), benchmark.max_tokens
+    vlm = model_named(model, **chosen)
+    results, _ = run(name, samples, vlm, Asked(**asked), logs, longest, str(files[0] or ""))
+    return results
 
 
 def calibrate(

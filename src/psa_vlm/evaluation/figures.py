@@ -54,7 +54,7 @@ def bars(scorecard: Scorecard, metric: Metric) -> Figure:
                 "hoverinfo": "text",
             }
         )
-    layout = _layout(height=250)
+    layout = plain_layout(height=250)
     layout["xaxis"] |= {"categoryorder": "array", "categoryarray": scorecard.splits}
     layout["yaxis"] |= {"tickformat": ".0%", "range": [0, min(top * 1.08, 1.04)]}
     return {"data": data, "layout": layout | {"barmode": "group", "bargap": 0.28}}
@@ -71,7 +71,7 @@ def curve(steps: list[int], values: list[float]) -> Figure:
         "marker": {"color": "--accent"},
         "hovertemplate": "step %{x}: %{y:.4g}<extra></extra>",
     }
-    layout = _layout(height=190)
+    layout = plain_layout(height=190)
     layout["xaxis"] |= {"nticks": 5}
     layout["yaxis"] |= {"nticks": 5, "rangemode": "tozero"}
     return {"data": [line], "layout": layout}
@@ -147,7 +147,7 @@ def reliability(bins: list[Bin]) -> Figure:
         "line": {"color": "--ink", "width": 1.5, "dash": "dot"},
         "hoverinfo": "skip",
     }
-    layout = _layout(height=360)
+    layout = plain_layout(height=360)
     layout["xaxis"] |= {"range": [0, 1], "title": {"text": "confidence"}, "anchor": "y2"}
     layout["yaxis"] |= {"range": [0, 1.03], "domain": [0.34, 1], "title": {"text": "right"}}
     most = max((one.n for one in filled), default=1)
@@ -156,7 +156,8 @@ def reliability(bins: list[Bin]) -> Figure:
     return {"data": [accuracy, ideal, counts], "layout": layout}
 
 
-def _layout(height: int) -> Figure:
+def plain_layout(height: int) -> Figure:
+    """What every chart has in common."""
     axis = {
         "gridcolor": "--line",
         "linecolor": "--line",
