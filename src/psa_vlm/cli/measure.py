@@ -13,7 +13,6 @@ from psa_vlm.cli.options import (
     Base,
     Json,
     MapFile,
-    Model,
     PolicyOption,
     load_run,
     named_policy,

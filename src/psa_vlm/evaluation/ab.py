@@ -202,9 +202,9 @@ class Ratings:
             models=dict(zip(("a", "b"), self.models, strict=True)),
             raters=[_count(name, [c for rater, _, c in rows if rater == name]) for name in raters],
             total=_count("all", [choice for _, _, choice in rows]),
-            wins_of_a=interval and interval.value,
-            low=interval and interval.low,
-            high=interval and interval.high,
+            wins_of_a=None if interval is None else interval.value,
+            low=None if interval is None else interval.low,
+            high=None if interval is None else interval.high,
             alpha=krippendorff_alpha(list(items.values())),
             shared=sum(len(choices) > 1 for choices in items.values()),
         )

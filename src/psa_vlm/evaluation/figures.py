@@ -108,7 +108,7 @@ def shares(series: Series, title: str) -> Figure:
                 "hoverinfo": "text",
             }
         )
-    layout = _layout(height=300)
+    layout = plain_layout(height=300)
     layout["xaxis"] |= {"title": {"text": title}, "nticks": 6}
     layout["yaxis"] |= {"tickformat": ".0%", "range": [-0.02, 1.04]}
     legend = {"orientation": "h", "y": 1.02, "yanchor": "bottom"}

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from inspect_ai.model import (
     ChatCompletionChoice,
@@ -34,7 +34,7 @@ from inspect_ai.model import (
 from inspect_ai.tool import ToolChoice, ToolInfo
 
 from psa_vlm.data.images import Source
-from psa_vlm.data.sample import Role, Turn
+from psa_vlm.data.sample import Turn
 from psa_vlm.errors import ImageError, InputError
 from psa_vlm.evaluation.baselines import Ask, Baseline, Method, Told, load_method
 from psa_vlm.inference import MAX_NEW_TOKENS
@@ -148,7 +148,7 @@ def to_ask(messages: Sequence[ChatMessage]) -> Ask:
                 images.append(_decoded(part.image))
             else:
                 raise InputError(f"the psa provider takes words and users' images, not {part.type}")
-        turns.append(Turn(cast(Role, message.role), "\n".join(words)))
+        turns.append(Turn(message.role, "\n".join(words)))
     return Ask(tuple(images), tuple(turns))
 
 

@@ -19,8 +19,8 @@ from psa_vlm.data.images import open_images
 from psa_vlm.data.sample import Sample, Turn
 from psa_vlm.errors import InputError
 from psa_vlm.inference import PsaVlm
-from psa_vlm.model.backbone import ImageFeatures
 from psa_vlm.model.bottleneck import BottleneckOutput, SafetyBottleneck
+from psa_vlm.model.image_features import ImageFeatures
 from psa_vlm.model.pixels import Pixels, tensor_of
 from psa_vlm.model.probe import same_weights
 from psa_vlm.policy.policy import Decision

@@ -240,7 +240,7 @@ def _ray(address: str | None, actors: int | None) -> Iterator[tuple[int, float]]
             f"{address or 'this machine'}: no Ray there ({one_line(error)})"
         ) from error
     try:
-        found = ray.cluster_resources()
+        found = ray.cluster_resources()  # type: ignore[no-untyped-call]
         cpus, gpus = int(found.get("CPU", 0)), int(found.get("GPU", 0))
         size = actors or gpus or max(cpus - 1, 1)
         if size >= cpus:

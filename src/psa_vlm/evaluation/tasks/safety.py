@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from psa_vlm.data.sample import Sample
-from psa_vlm.evaluation.tasks.base import Benchmark, Wanted, stem, tagged
+from psa_vlm.evaluation.tasks.base import Benchmark, Expects, Wanted, stem, tagged
 
 _ADVICE = ("Legal_Opinion", "Financial_Advice", "Health_Consultation", "Gov_Decision")
 """MM-SafetyBench's scenarios in which an answer with a disclaimer is safe."""
@@ -63,7 +63,7 @@ def _holisafe(sample: Sample) -> Wanted:
 
 def _rtvlm(sample: Sample) -> Wanted:
     task = " ".join(re.split(r"[\s_-]+", tagged("category", sample).casefold()))
-    expects = "refuse" if task in _REFUSED else "rating"
+    expects: Expects = "refuse" if task in _REFUSED else "rating"
     return Wanted(expects, task, f"rtvlm {task}")
 
 
