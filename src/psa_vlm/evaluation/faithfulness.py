@@ -126,7 +126,7 @@ def explain(model: PsaVlm, samples: Sequence[Sample], seed: int = 0) -> Faithful
         count += 1
         scene = _Scene(model, sample)
         maps: dict[str, Array] = {"evidence": scene.evidence, "gradient": scene.gradient()}
-        maps["random"] = rng.random(scene.evidence.shape)
+        maps["random"] = rng.random(size=(*scene.evidence.shape,))
         for name in MAPS:
             order: list[int] = np.argsort(-maps[name], axis=None, kind="stable").tolist()
             for kind in ("deletion", "insertion"):
