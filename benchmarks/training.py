@@ -118,7 +118,7 @@ class Bench:
                 learning_rate=part.learning_rate,
                 per_device_train_batch_size=part.batch_size,
                 gradient_accumulation_steps=part.accumulation,
-                gradient_checkpointing=part.gradient_checkpointing,
+                activation_checkpointing=part.gradient_checkpointing,
                 bf16=part.bfloat16,
                 dataloader_num_workers=part.workers,
                 dataloader_pin_memory=not cpu,
