@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +93,7 @@ def llava_model(tokenizer: Any, tied: bool = False) -> Any:
             vocab_size=len(tokenizer),
             hidden_size=32,
             intermediate_size=48,
-            max_position_embeddings=512,
+            max_position_embeddings=1024,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
@@ -323,3 +326,30 @@ def aligned_run(
     folder = tmp_path_factory.mktemp("aligned") / "run"
     model.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def transformers_serve() -> Any:
+    """Serves an export with `transformers serve`, and gives its address."""
+    from transformers.cli.serve import Serve
+
+    class Closing(Serve):
+        """It leaves its event loop open; uvicorn's own start closes it."""
+
+        def start_server(self) -> None:
+            self._thread = threading.Thread(target=self.server.run)
+            self._thread.start()
+
+    @contextmanager
+    def serve(exported: Path) -> Iterator[str]:
+        server: Any = Closing(
+            str(exported), device="cpu", host="127.0.0.1", port=0, non_blocking=True
+        )
+        while not server.server.started:
+            assert server._thread.is_alive()
+            time.sleep(0.05)
+        port = server.server.servers[0].sockets[0].getsockname()[1]
+        yield f"http://127.0.0.1:{port}"
+        server.kill_server()
+
+    return serve

@@ -69,8 +69,8 @@ def test_help_names_every_command(psa: Psa) -> None:
     outcome = psa("--help")
     assert outcome.code == 0
     commands = ("demo", "train", "assess", "chat", "evaluate", "calibrate", "data", "policy")
-    sharing = ("export", "import-official", "push")
-    for command in (*commands, *sharing, "testbed", "serve", "audit", "keys"):
+    sharing = ("attack", "compare", "export", "faithfulness", "import-official", "push")
+    for command in (*commands, *sharing, "testbed", "scan", "serve", "audit", "keys"):
         assert command in outcome.out
 
 

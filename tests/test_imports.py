@@ -42,6 +42,7 @@ HEAVY = [
     "accelerate",
     "datasets",
     "fastapi",
+    "inspect_ai",
     "matplotlib",
     "numpy",
     "openai",

@@ -236,7 +236,7 @@ class PsaVlm:
             begin = self.bottleneck.config.begin
             h_t, mask = self.backbone.embed_text(texts, begin)  # [B, T, D], [B, T]
             output = self.bottleneck.read(features.maps, h_t, mask)
-            images = self._image_verdicts(output, [tuple(one.shape[:2]) for one in features.maps])
+            images = self._image_verdicts(output, features.maps)
             return [
                 Verdict.from_probs(
                     [images[row] for row in request.rows], self.taxonomy, self.calibration
@@ -249,12 +249,24 @@ class PsaVlm:
             reason = f"{type(error).__name__}: {error}"
             return [Verdict.failed(reason) for _ in requests]
 
+    def verdicts(self, output: BottleneckOutput, maps: Sequence[torch.Tensor]) -> list[Verdict]:
+        """Verdicts on B requests of one image each.
+
+        Args:
+            output: what the bottleneck said of them.
+            maps: the features that it said it of, ``[H, W, Dv]`` each.
+        """
+        return [
+            Verdict.from_probs([image], self.taxonomy, self.calibration)
+            for image in self._image_verdicts(output, maps)
+        ]
+
     def _image_verdicts(
-        self, output: BottleneckOutput, grids: Sequence[tuple[int, ...]]
+        self, output: BottleneckOutput, maps: Sequence[torch.Tensor]
     ) -> list[ImageVerdict]:
         """One verdict for each row, all of them fetched from the device together."""
         queries = self.bottleneck.config.queries
-        grids = grids if queries is None else [queries] * len(grids)
+        grids = [tuple(one.shape[:2]) if queries is None else queries for one in maps]
         looked_at = output.attention.float().sum(1)  # [B, Q]; rows of padding are zero
         most = looked_at.amax(1, keepdim=True).clamp_min(torch.finfo(looked_at.dtype).tiny)
         evidence = (looked_at / most).cpu().numpy()  # [B, Q]

@@ -25,7 +25,8 @@ SMALL = {"num_hidden_layers": 1, "num_attention_heads": 2}
 def scripts(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
     """The scripts, with a real-size shape that is small."""
     monkeypatch.syspath_prepend(FOLDER)
-    names = ("common", "calibration", "inference", "plain_engine", "prepare", "serving", "stage1")
+    names = ("common", "calibration", "defence", "inference", "plain_engine", "prepare", "scan")
+    names += ("serving", "stage1", "training")
     found = {name: importlib.import_module(name) for name in names}
     vision = {"hidden_size": 16, "intermediate_size": 16, "image_size": 28, **SMALL}
     language = {"hidden_size": 16, "intermediate_size": 16, "num_key_value_heads": 2, **SMALL}
@@ -79,6 +80,44 @@ def test_stage1(scripts: dict[str, ModuleType], tmp_path: Path) -> None:
     assert data["seconds"].keys() == {"encode", "train", "cached", "joint"}
     assert data["facts"]["samples"] == 3 and data["facts"]["epochs"] == 2
     assert data["facts"]["paper_scale_seconds"].keys() == {"cached", "joint"}
+
+
+@pytest.mark.parametrize("shape", ["testbed", "llava-1.5-7b"])
+def test_training(scripts: dict[str, ModuleType], shape: str, tmp_path: Path) -> None:
+    settings = ("concepts.hidden=8", "concepts.depth=1", "concepts.tokens=2", "concepts.heads=2")
+    settings += ("tokens.count=2", "tokens.batch_size=2", "tokens.workers=0")
+    options = [word for setting in settings for word in ("--set", setting)]
+    options += ["--shape", shape, "--samples", "2", "--repeats", "1", "--peak", "1e12"]
+    scripts["training"].main([*options, "--json", str(tmp_path / "out.json"), "--allow-cpu"])
+    data = read(tmp_path / "out.json")
+    ours, plain = {"concepts", "tokens", "lora"}, {"plain tokens", "plain lora"}
+    assert data["seconds"].keys() == ours | plain
+    facts = data["facts"]
+    assert facts["operations_per_sample"].keys() == ours
+    assert facts["operations_per_sample"]["lora"] > facts["operations_per_sample"]["concepts"] > 0
+    assert all(0 < share < 1 for share in facts["mfu"].values())
+
+
+def test_scan(
+    scripts: dict[str, ModuleType], run_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from psa_vlm.scan.output import Counts
+    from psa_vlm.scan.run import Scan, Summary
+
+    def scan(job: Scan, actors: int) -> Summary:
+        images = len(list(Path(job.source).glob("*.png")))
+        assert not Path(job.out).exists()
+        return Summary(Counts(images, 0, {}), {}, images, 1 / actors)
+
+    monkeypatch.setattr(scripts["scan"], "scan", scan)
+    options = ["--images", "3", "--actors", "1", "2", "--json", str(tmp_path / "out.json")]
+    scripts["scan"].main([str(run_dir), *options])
+    data = json.loads((tmp_path / "out.json").read_text())
+    assert [(one["actors"], one["images"], one["speedup"]) for one in data["scans"]] == [
+        (1, 3, 1.0),
+        (2, 3, 2.0),
+    ]
+    assert data["versions"]["ray"]
 
 
 def test_calibration(scripts: dict[str, ModuleType], run_dir: Path, tmp_path: Path) -> None:
@@ -182,8 +221,18 @@ def test_the_real_size_needs_cuda(
     scripts: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    for name in ("inference", "stage1"):
+    for name in ("inference", "stage1", "training"):
         with pytest.raises(SystemExit) as stopped:
             scripts[name].main(["--shape", "llava-1.5-7b"])
         assert stopped.value.code == 2
         assert "needs a CUDA device" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_defence(scripts: dict[str, ModuleType], run_dir: Path, tmp_path: Path) -> None:
+    one = ("--scenes", "2", "--epochs", "1", "--requests", "1", "--steps", "1", "--restarts", "1")
+    out = tmp_path / "out.json"
+    where = ("--work", str(tmp_path / "work"), "--json", str(out))
+    scripts["defence"].main([str(run_dir), "--recipes", "adversarial", *one, *where])
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["recipe"] == "adversarial" and len(row) == 6
+    assert {share["n"] for name, share in row.items() if name != "recipe"} == {1}

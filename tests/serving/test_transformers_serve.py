@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import io
 import json
-import socket
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import pytest
 import torch
 from fastapi.testclient import TestClient
@@ -47,25 +44,14 @@ def model() -> PsaVlm:
 
 
 @pytest.fixture(scope="module")
-def engine(model: PsaVlm, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+def engine(
+    model: PsaVlm, tmp_path_factory: pytest.TempPathFactory, transformers_serve: Any
+) -> Iterator[tuple[str, str]]:
     """The address of a running engine, and what it calls its model."""
-    from transformers.cli.serve import Serve
-
     exported = tmp_path_factory.mktemp("engine") / "exported"
     model.save_pretrained(exported, merged=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server: Any = Serve(str(exported), device="cpu", host="127.0.0.1", port=port, non_blocking=True)
-    address = f"http://127.0.0.1:{port}"
-    for _ in range(600):
-        try:
-            httpx2.get(f"{address}/health")
-            break
-        except httpx2.TransportError:
-            time.sleep(0.1)
-    yield f"{address}/v1", str(exported)
-    server.kill_server()
+    with transformers_serve(exported) as address:
+        yield f"{address}/v1", str(exported)
 
 
 @pytest.fixture()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import shutil
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -90,16 +89,10 @@ def test_the_pipeline_of_its_card(exported: Path, picture: Path, answer: str) ->
 
 
 @pytest.fixture(scope="module")
-def address(exported: Path) -> Iterator[str]:
+def address(exported: Path, transformers_serve: Any) -> Iterator[str]:
     """Where `transformers serve` serves the export."""
-    from transformers.cli.serve import Serve
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server: Any = Serve(str(exported), device="cpu", host="127.0.0.1", port=port, non_blocking=True)
-    yield f"http://127.0.0.1:{port}"
-    server.kill_server()
+    with transformers_serve(exported) as address:
+        yield address
 
 
 def test_transformers_serve_answers_with_it(
@@ -110,7 +103,7 @@ def test_transformers_serve_answers_with_it(
         {"type": "image_url", "image_url": {"url": url}},
         {"type": "text", "text": ASKED},
     ]
-    with httpx2.Client(transport=httpx2.HTTPTransport(retries=20)) as client:
+    with httpx2.Client() as client:
         reply = client.post(
             f"{address}/v1/chat/completions",
             json={

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,18 +13,17 @@ from torch import Tensor
 
 from psa_vlm.data.images import open_images
 from psa_vlm.data.sample import Sample, Turn
-from psa_vlm.errors import CheckpointError, DataError
+from psa_vlm.errors import DataError
 from psa_vlm.model.backbone import Backbone
 from psa_vlm.model.bottleneck import concept_loss
 from psa_vlm.taxonomy import Taxonomy
-from psa_vlm.training import concepts, features
+from psa_vlm.training import concepts
 from psa_vlm.training.concepts import (
     check_labelled,
     class_weights,
     train_concepts,
     verdict_text,
 )
-from psa_vlm.training.features import FeatureCache, backbone_key, image_key
 from psa_vlm.training.fit import Work
 
 TAXONOMY = Taxonomy.default()
@@ -178,50 +176,3 @@ def test_a_label_of_another_taxonomy(
     other = replace(samples[0], type="weather")
     with pytest.raises(DataError, match="weather"):
         train_concepts(backbone, TAXONOMY, [other], schedules["concepts"], Work(tmp_path))
-
-
-# --- the features on disk ------------------------------------------------------------------------
-
-
-def test_a_full_disk_keeps_the_features_before_it(
-    backbone: Backbone, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    images = {image_key(sample.images[0]): sample.images[0] for sample in samples}
-    save, calls = features.save_file, []
-
-    def fail_the_second_time(tensors: Any, path: Path) -> None:
-        calls.append(path)
-        if len(calls) == 2:
-            path.write_bytes(b"half of")
-            raise OSError(errno.ENOSPC, "No space left on device")
-        save(tensors, path)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(features, "save_file", fail_the_second_time)
-        with pytest.raises(CheckpointError, match=r"No space left.*free some space"):
-            FeatureCache(tmp_path, backbone).add(images.items(), batch=2)
-    cache = FeatureCache(tmp_path, backbone)
-    assert [key in cache for key in images] == [True, True, False]
-    assert [path.suffix for path in cache.folder.iterdir()] == [".safetensors"]
-    cache.add(images.items(), batch=2)
-    assert all(key in FeatureCache(tmp_path, backbone) for key in images)
-
-
-def test_another_backbone_has_other_features(backbone: Backbone, tmp_path: Path) -> None:
-    key = backbone_key(backbone)
-    cache = FeatureCache(tmp_path, backbone)
-    cache.add([("a", Image.new("RGB", (9, 9)))], batch=1)
-    assert key == backbone_key(backbone)
-    with torch.no_grad():
-        next(backbone.model.parameters()).view(-1)[0] += 1.0
-    assert key != backbone_key(backbone)
-    assert "a" not in FeatureCache(tmp_path, backbone)
-
-
-def test_keys_tell_contents_apart(tmp_path: Path) -> None:
-    wide, high = Image.new("RGB", (8, 2), "red"), Image.new("RGB", (2, 8), "red")
-    assert image_key(wide) == image_key(wide.copy())
-    assert image_key(wide) != image_key(high)
-    for name in ("a.png", "b.png"):
-        wide.save(tmp_path / name)
-    assert image_key(tmp_path / "a.png") == image_key(tmp_path / "b.png")

@@ -15,7 +15,14 @@ from psa_vlm.errors import DataError
 from psa_vlm.model.backbone import Backbone
 from psa_vlm.model.tokens import add_safety_tokens
 from psa_vlm.training.fit import Work
-from psa_vlm.training.language import _Answers, dialogues, train_lora, train_tokens
+from psa_vlm.training.language import (
+    _Answers,
+    _Opened,
+    dialogues,
+    sizes,
+    train_lora,
+    train_tokens,
+)
 
 
 def copied(backbone: Backbone) -> dict[str, Tensor]:
@@ -103,10 +110,8 @@ def test_the_loss_is_on_the_answer_beside_image_and_hint(
     backbone = Backbone.from_pretrained(llava_dir)
     text_only = Sample("t", (), (Turn("user", "Hi?"), Turn("assistant", "Hello.")))
     rows = dialogues([samples[0], text_only], ["Safe Hint: take care.", None])
-    from psa_vlm.training.language import _Opened
-
-    opened = _Opened(rows)
-    batch = [opened[0], opened[1]]
+    opened = _Opened(rows, sizes(backbone, rows))
+    batch = [opened[i][:2] for i in range(2)]
     loss = _Answers(backbone.model, backbone)(batch)["loss"]
     images = [image for _, some in batch for image in some]
     inputs = backbone.prompts(
@@ -147,3 +152,59 @@ def test_samples_without_answer_are_counted(samples: list[Sample]) -> None:
     silent = [replace(s, conversation=s.conversation[:1]) for s in samples[:2]]
     with pytest.raises(DataError, match="2 of 6 samples have no answer, s0 the first"):
         dialogues([*silent, *samples[2:]])
+
+
+# --- batches -------------------------------------------------------------------------------------
+
+
+def of_lengths(samples: list[Sample], count: int) -> list[Sample]:
+    """Samples whose answers are one to a hundred words long, and every third has no image."""
+    return [
+        replace(
+            samples[i % 6],
+            images=samples[i % 6].images if i % 3 else (),
+            conversation=(
+                samples[i % 6].conversation[0],
+                Turn("assistant", "good " * (1 + 37 * i % 100)),
+            ),
+        )
+        for i in range(count)
+    ]
+
+
+def test_a_step_is_the_same_in_however_many_parts(
+    llava_dir: Path, samples: list[Sample], schedules: Any, tmp_path: Path
+) -> None:
+    outcomes = []
+    for batch, accumulation in ((4, 1), (1, 4)):
+        backbone = Backbone.from_pretrained(llava_dir)
+        size = {"batch_size": batch, "accumulation": accumulation, "epochs": 1, "dropout": 0.0}
+        config = schedules["lora"].model_copy(update=size)
+        rows = dialogues(of_lengths(samples, 8))
+        _, history = train_lora(backbone, rows, config, Work(tmp_path / f"{batch}", report_to=()))
+        outcomes.append([point["loss"] for point in history])
+    assert outcomes[0] == pytest.approx(outcomes[1], rel=1e-4)
+
+
+def test_little_is_padding_where_lengths_are_grouped(
+    llava_dir: Path, samples: list[Sample], schedules: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    waste = {}
+    for grouped in (False, True):
+        backbone = Backbone.from_pretrained(llava_dir)
+        shapes: list[tuple[int, int]] = []
+
+        def count(self: Any, batch: Any, seen: Any = shapes, **rest: Any) -> dict[str, Tensor]:
+            lengths = [one.all for one in sizes(self.backbone, [row for row, _ in batch])]
+            seen.append((sum(lengths), len(lengths) * max(lengths)))
+            weight = next(one for one in self.parameters() if one.requires_grad)
+            return {"loss": 0 * weight.sum()}
+
+        monkeypatch.setattr(_Answers, "forward", count)
+        changes = {"batch_size": 2, "epochs": 1, "group_by_length": grouped}
+        config = schedules["lora"].model_copy(update=changes)
+        rows = dialogues(of_lengths(samples, 200))
+        train_lora(backbone, rows, config, Work(tmp_path / f"{grouped}", report_to=()))
+        assert sum(real for real, _ in shapes) == sum(one.all for one in sizes(backbone, rows))
+        waste[grouped] = 1 - sum(real for real, _ in shapes) / sum(all_ for _, all_ in shapes)
+    assert waste[True] < 0.05 < waste[False]

@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from psa_vlm.cli import ask, data, measure, policy, service, sharing, testbed, train
+from psa_vlm.cli import (
+    ask,
+    compare,
+    data,
+    measure,
+    policy,
+    scan,
+    service,
+    sharing,
+    testbed,
+    train,
+)
 from psa_vlm.errors import PsaVlmError
 
 app = typer.Typer(
@@ -22,6 +33,10 @@ for command in (
     ask.chat,
     measure.evaluate,
     measure.calibrate,
+    compare.compare,
+    measure.attack,
+    measure.faithfulness,
+    scan.scan,
     service.serve,
     sharing.export,
     sharing.import_official,
@@ -31,6 +46,7 @@ for command in (
 for name, group in {
     "train": train.app,
     "data": data.app,
+    "ab": compare.app,
     "policy": policy.app,
     "audit": service.audit_app,
     "keys": service.keys_app,

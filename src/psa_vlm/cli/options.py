@@ -11,6 +11,8 @@ import typer
 from psa_vlm.errors import InputError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from psa_vlm.inference import PsaVlm
     from psa_vlm.policy.policy import Policy
 
@@ -63,6 +65,16 @@ def parsed_concepts(pairs: list[str] | None) -> dict[str, str]:
             raise InputError(f"--concept {pair}: write it as type=level, as in illegal_risk=high")
         concepts[name.strip()] = level.strip()
     return concepts
+
+
+def wide_enough() -> Console:
+    """For tables: a log has no width of its own, and they need this much."""
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console.width = 100
+    return console
 
 
 def quiet() -> None:

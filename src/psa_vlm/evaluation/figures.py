@@ -10,9 +10,13 @@ import math
 from typing import Any
 
 from psa_vlm.evaluation.scorecard import METHODS, Metric, Scorecard, format_ci, format_value
-from psa_vlm.evaluation.scorers import Bin
+from psa_vlm.evaluation.scorers import Bin, Interval
 
 Figure = dict[str, Any]
+Series = dict[str, list[tuple[float, Interval]]]
+"""Name -> points of a line: x, and a share with its interval."""
+
+LINES = ("--stage2", "--bad", "--lora", "--system_prompt", "--base", "--stage1")
 
 
 def bars(scorecard: Scorecard, metric: Metric) -> Figure:
@@ -50,7 +54,7 @@ def bars(scorecard: Scorecard, metric: Metric) -> Figure:
                 "hoverinfo": "text",
             }
         )
-    layout = _layout(height=250)
+    layout = plain_layout(height=250)
     layout["xaxis"] |= {"categoryorder": "array", "categoryarray": scorecard.splits}
     layout["yaxis"] |= {"tickformat": ".0%", "range": [0, min(top * 1.08, 1.04)]}
     return {"data": data, "layout": layout | {"barmode": "group", "bargap": 0.28}}
@@ -67,10 +71,48 @@ def curve(steps: list[int], values: list[float]) -> Figure:
         "marker": {"color": "--accent"},
         "hovertemplate": "step %{x}: %{y:.4g}<extra></extra>",
     }
-    layout = _layout(height=190)
+    layout = plain_layout(height=190)
     layout["xaxis"] |= {"nticks": 5}
     layout["yaxis"] |= {"nticks": 5, "rangemode": "tozero"}
     return {"data": [line], "layout": layout}
+
+
+def shares(series: Series, title: str) -> Figure:
+    """Shares with 95% intervals over a quantity that `title` names, one line for each name."""
+    data = []
+    named = [(name, points) for name, points in series.items() if points]
+    for index, (name, points) in enumerate(named):
+        colour = LINES[index % len(LINES)]
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "lines+markers",
+                "name": name,
+                "x": [x for x, _ in points],
+                "y": [one.value for _, one in points],
+                "line": {"color": colour, "width": 2},
+                "marker": {"color": colour},
+                "error_y": {
+                    "type": "data",
+                    "symmetric": False,
+                    "array": [one.high - one.value for _, one in points],
+                    "arrayminus": [one.value - one.low for _, one in points],
+                    "color": colour,
+                    "thickness": 1,
+                    "width": 3,
+                },
+                "hovertext": [
+                    f"{name}: {one.value:.1%} ({one.low:.1%}-{one.high:.1%}), n {one.n}"
+                    for _, one in points
+                ],
+                "hoverinfo": "text",
+            }
+        )
+    layout = plain_layout(height=300)
+    layout["xaxis"] |= {"title": {"text": title}, "nticks": 6}
+    layout["yaxis"] |= {"tickformat": ".0%", "range": [-0.02, 1.04]}
+    legend = {"orientation": "h", "y": 1.02, "yanchor": "bottom"}
+    return {"data": data, "layout": layout | {"showlegend": len(named) > 1, "legend": legend}}
 
 
 def reliability(bins: list[Bin]) -> Figure:
@@ -105,7 +147,7 @@ def reliability(bins: list[Bin]) -> Figure:
         "line": {"color": "--ink", "width": 1.5, "dash": "dot"},
         "hoverinfo": "skip",
     }
-    layout = _layout(height=360)
+    layout = plain_layout(height=360)
     layout["xaxis"] |= {"range": [0, 1], "title": {"text": "confidence"}, "anchor": "y2"}
     layout["yaxis"] |= {"range": [0, 1.03], "domain": [0.34, 1], "title": {"text": "right"}}
     most = max((one.n for one in filled), default=1)
@@ -114,7 +156,8 @@ def reliability(bins: list[Bin]) -> Figure:
     return {"data": [accuracy, ideal, counts], "layout": layout}
 
 
-def _layout(height: int) -> Figure:
+def plain_layout(height: int) -> Figure:
+    """What every chart has in common."""
     axis = {
         "gridcolor": "--line",
         "linecolor": "--line",

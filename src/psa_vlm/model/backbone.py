@@ -159,7 +159,7 @@ class Backbone:
 
     @cached_property
     def _builder(self) -> PromptBuilder:
-        _, (mark,) = encoding.processed(self, [encoding.blank()], [1])
+        _, (mark,) = self.process([encoding.blank()], [1])
         return PromptBuilder(self.processor, mark, self.max_tokens)
 
     def positions(self, mark: str) -> int:
@@ -178,7 +178,6 @@ class Backbone:
 
     # --- the way of a request --------------------------------------------------------------------
 
-    @torch.no_grad()
     def encode(
         self, images: Sequence[Image], image_counts: Sequence[int] | None = None
     ) -> ImageFeatures:
@@ -197,7 +196,27 @@ class Backbone:
             raise InputError("encode needs at least one image")
         if image_counts is None or not self.spec.grouped:
             image_counts = [1] * len(images)
-        return encoding.encode(self, images, [count for count in image_counts if count])
+        with torch.no_grad():
+            return self.encode_inputs(*self.process(images, [c for c in image_counts if c]))
+
+    def process(
+        self, images: Sequence[Image], image_counts: Sequence[int]
+    ) -> tuple[dict[str, Any], list[str]]:
+        """What the processor makes of images, and what stands for each in the text of a prompt.
+
+        Args:
+            images: of all prompts in order.
+            image_counts: how many each prompt has, 1 or more.
+        """
+        return encoding.process(self, images, image_counts)
+
+    def encode_inputs(self, inputs: Mapping[str, Any], marks: Sequence[str]) -> ImageFeatures:
+        """`encode` of what `process` made of images; gradients pass to the pixel values.
+
+        Raises:
+            CheckpointError: if the processor writes more or fewer positions than the model makes.
+        """
+        return encoding.encode(self, inputs, marks)
 
     @torch.no_grad()
     def embed_text(self, texts: Sequence[str], begin: bool = False) -> tuple[Tensor, Tensor]:

@@ -247,15 +247,20 @@ def load(
         rows = load_file(folder / "safety_tokens.safetensors")["rows"]
         if manifest["safety_tokens"]:
             put_rows(backbone, rows)
-        adapter = _load_adapter(backbone, folder / "adapter") if manifest["adapter"] else None
+        adapter = load_adapter(backbone, folder / "adapter") if manifest["adapter"] else None
     except (OSError, KeyError, TypeError, RuntimeError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{folder}: incomplete or damaged run ({reason})") from error
     return Parts(backbone, bottleneck.to(backbone.device).eval(), found, adapter)
 
 
-def _load_adapter(backbone: Backbone, folder: Path) -> PeftModel:
-    """Put a saved LoRA into the backbone's layers, ready to run."""
+def load_adapter(backbone: Backbone, folder: Path) -> PeftModel:
+    """Put a saved LoRA into the backbone's layers, ready to run.
+
+    Raises:
+        FileNotFoundError: a file of it is missing.
+        CheckpointError: it was made for another model.
+    """
     from peft import PeftModel, get_peft_model_state_dict
 
     for name in ("adapter_config.json", "adapter_model.safetensors"):

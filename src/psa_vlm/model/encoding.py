@@ -5,7 +5,7 @@ Shape letters: B images, N image positions, Dv vision width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -23,15 +23,12 @@ if TYPE_CHECKING:
     from psa_vlm.model.backbone import Backbone
 
 
-def encode(
-    backbone: Backbone, images: Sequence[Image], image_counts: Sequence[int]
-) -> ImageFeatures:
-    """See :meth:`psa_vlm.model.backbone.Backbone.encode`; each prompt has an image.
+def encode(backbone: Backbone, inputs: Mapping[str, Any], marks: Sequence[str]) -> ImageFeatures:
+    """See :meth:`psa_vlm.model.backbone.Backbone.encode_inputs`.
 
     Raises:
         CheckpointError: if the processor writes more or fewer positions than the model makes.
     """
-    inputs, marks = processed(backbone, images, image_counts)
     wanted = {name: inputs[name] for name in backbone.spec.image_inputs if name in inputs}
     positions = [backbone.positions(mark) for mark in marks]
     if backbone.spec.projector is None:  # h_i is made when the prompt is known
@@ -47,7 +44,7 @@ def encode(
     made = sum(part.shape[:-1].numel() for part in h_i)
     if made != sum(positions):
         raise CheckpointError(
-            f"{backbone.source}: its processor writes {sum(positions)} positions for {len(images)}"
+            f"{backbone.source}: its processor writes {sum(positions)} positions for {len(marks)}"
             f" images but its model makes {made}: processor_config.json (patch_size,"
             " vision_feature_select_strategy, ...) does not fit config.json"
         )
@@ -64,10 +61,10 @@ def encode(
     )
 
 
-def processed(
+def process(
     backbone: Backbone, images: Sequence[Image], image_counts: Sequence[int]
 ) -> tuple[dict[str, Any], list[str]]:
-    """What the processor makes of images, and what stands for each in the text of a prompt."""
+    """See :meth:`psa_vlm.model.backbone.Backbone.process`."""
     mark = image_mark(backbone.processor)
     if (instructed := backbone.spec.instructed) is not None:
         inputs = backbone.processor.image_processor(list(images), return_tensors="pt")

@@ -107,8 +107,9 @@ def _draw(rng: Random, cell: Cell, source: _Source) -> tuple[Scene, str, str, st
 
 def _sample(rng: Random, cell: Cell, source: _Source, name: str, split: str) -> Sample:
     taxonomy = Taxonomy.default()
-    scene, asked, question, answer, unseen = _draw(rng, cell, source)
-    answer, level = dialogues.aligned(answer, asked, scene, taxonomy.label)
+    scene, asked, question, unaligned, unseen = _draw(rng, cell, source)
+    answer, level = dialogues.aligned(unaligned, asked, scene, taxonomy.label)
+    left, top, side = scene.items[scene.main].box
     return Sample(
         id=name,
         images=(render(scene),),
@@ -124,6 +125,8 @@ def _sample(rng: Random, cell: Cell, source: _Source, name: str, split: str) -> 
             "setting": scene.setting,
             "request": asked,
             "wording": "unseen" if unseen else "seen",
+            "box": f"{left} {top} {left + side} {top + side}",  # of the main thing, in pixels
+            **({"harmful": unaligned} if cell == "risky" else {}),  # what must not be answered
         },
     )
 

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import set_seed
 
+from psa_vlm.data.images import open_images
 from psa_vlm.data.sample import Sample, without_image_marks
 from psa_vlm.errors import DataError
 from psa_vlm.model.backbone import Backbone
 from psa_vlm.model.bottleneck import BottleneckConfig, SafetyBottleneck
 from psa_vlm.taxonomy import Taxonomy
-from psa_vlm.training.config import ConceptsConfig
+from psa_vlm.training.config import ConceptsConfig, Hardening
 from psa_vlm.training.features import FeatureCache, image_key
 from psa_vlm.training.fit import History, Rows, Task, Work, fit
+from psa_vlm.training.hardening import Hardener, noisy
 from psa_vlm.training.processes import main_first
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,7 @@ class _Row:
     text: str
     type: int
     level: int
+    image: Path | Image
 
 
 class _Concepts(Task):
@@ -42,6 +50,7 @@ class _Concepts(Task):
         bottleneck: SafetyBottleneck,
         backbone: Backbone,
         weight: float,
+        hardening: Hardening,
         type_weights: Tensor | None,
         level_weights: Tensor | None,
     ) -> None:
@@ -51,17 +60,39 @@ class _Concepts(Task):
         self.weight = weight
         self.type_weights = type_weights
         self.level_weights = level_weights
+        self.hardening = hardening
+        self.hardener = Hardener(backbone, hardening) if hardening.on_pixels else None
 
     def forward(
-        self, features: Tensor | list[Tensor], texts: list[str], types: Tensor, levels: Tensor
+        self,
+        features: Tensor | list[Tensor],
+        texts: list[str],
+        types: Tensor,
+        levels: Tensor,
+        pictures: list[Image] | None = None,
     ) -> dict[str, Tensor]:
-        """Args: B features ``[H, W, Dv]``, stacked if alike; B texts; B type and level ids."""
+        """Args: B features ``[H, W, Dv]``, stacked if alike; B texts; B type and level ids; the
+        first few of the B pictures, to be made harder."""
         begin = self.bottleneck.config.begin
         h_t, mask = self.backbone.embed_text(texts, begin)  # [B, T, D], [B, T]
-        output = self.bottleneck.read(list(features), h_t, mask)
-        type_loss = F.cross_entropy(output.type_logits, types, _like(self.type_weights, output))
-        level_loss = F.cross_entropy(output.level_logits, levels, _like(self.level_weights, output))
-        return {"loss": self.weight * (level_loss + type_loss)}
+
+        def loss(maps: list[Tensor], rows: list[int]) -> Tensor:
+            output = self.bottleneck.read(maps, h_t[rows], mask[rows])
+            type_weights = _like(self.type_weights, output)
+            level_weights = _like(self.level_weights, output)
+            type_loss = F.cross_entropy(output.type_logits, types[rows], type_weights)
+            level_loss = F.cross_entropy(output.level_logits, levels[rows], level_weights)
+            return self.weight * (level_loss + type_loss)
+
+        maps = list(features)
+        if self.hardening.feature_noise:
+            maps = noisy(maps, self.hardening.feature_noise)
+        plain = loss(maps, list(range(len(maps))))
+        if self.hardener is None or not pictures:
+            return {"loss": plain}
+        harder = loss(self.hardener(pictures, loss), list(range(len(pictures))))
+        share = self.hardening.share
+        return {"loss": (1 - share) * plain + share * harder}
 
 
 def train_concepts(
@@ -78,12 +109,13 @@ def train_concepts(
     Raises:
         DataError: samples without image or labels, which it counts; or a label of another taxonomy.
         ImageError: an image can't be used.
+        InputError: attacks in training are asked for, and gradients can't pass the processor.
         CheckpointError: features or a checkpoint can't be written.
     """
     check_labelled(samples)
     keyed = [[(image_key(image), image) for image in sample.images] for sample in samples]
     with main_first():
-        cache = FeatureCache(work.folder / "features", backbone)
+        cache = FeatureCache(work.folder / "features", backbone, config.cache_gb * 1e9)
         cache.add((pair for pairs in keyed for pair in pairs), config.encode_batch)
     rows = [
         _Row(
@@ -92,15 +124,16 @@ def train_concepts(
             verdict_text(sample),
             taxonomy.type_id(sample.type or ""),
             taxonomy.level_id(sample.level or ""),
+            image,
         )
         for sample, pairs in zip(samples, keyed, strict=True)
-        for key, _ in pairs
+        for key, image in pairs
         for frame in range(cache.frames(key))
     ]
     set_seed(work.seed)
     bottleneck = SafetyBottleneck(
         BottleneckConfig(
-            vision_width=cache[rows[0].key].shape[-1],
+            vision_width=cache.read([rows[0].key])[rows[0].key].shape[-1],
             text_width=backbone.text_width,
             types=len(taxonomy.types),
             levels=len(taxonomy.levels),
@@ -115,16 +148,24 @@ def train_concepts(
         ]
 
     def collate(batch: list[_Row]) -> dict[str, Any]:
-        maps = [cache[row.key][row.frame] for row in batch]
+        found = cache.read(row.key for row in batch)
+        maps = [found[row.key][row.frame] for row in batch]
         alike = len({features.shape for features in maps}) == 1
         return {
             "features": torch.stack(maps) if alike else maps,
             "texts": [row.text for row in batch],
             "types": torch.tensor([row.type for row in batch]),
             "levels": torch.tensor([row.level for row in batch]),
+            **({"pictures": pictures(batch)} if config.hardening.on_pixels else {}),
         }
 
-    task = _Concepts(bottleneck, backbone, config.weight, *weights)
+    def pictures(batch: list[_Row]) -> list[Image]:
+        harder = batch[: math.ceil(config.hardening.share * len(batch))]
+        return [open_images(row.image)[row.frame] for row in harder]
+
+    if not cache.complete:  # a process that reads ahead can't use the GPU
+        config = config.model_copy(update={"workers": 0})
+    task = _Concepts(bottleneck, backbone, config.weight, config.hardening, *weights)
     history = fit(task, Rows(rows), collate, config, work)
     return bottleneck.eval(), history
 

@@ -56,6 +56,26 @@ class Schedule(Section):
     """Steps from one checkpoint to the next."""
 
 
+class Hardening(Section):
+    """What the bottleneck is trained to withstand; nothing by default."""
+
+    feature_noise: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """Gaussian noise on cached vision features, in standard deviations of each image's own."""
+    pixel_noise: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """Standard deviation of Gaussian noise on pixel values, of 255."""
+    eps: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """Most change of a pixel value by an attack in training, of 255; 0 attacks nothing."""
+    steps: int = Field(default=2, ge=1)
+    """Gradient steps of such an attack, each a pass through the vision encoder and back."""
+    share: float = Field(default=0.5, gt=0, le=1)
+    """Of each batch, and of the loss, that stands under noisy or attacked pixels."""
+
+    @property
+    def on_pixels(self) -> bool:
+        """Whether images have to be encoded anew at each step."""
+        return bool(self.pixel_noise or self.eps)
+
+
 class ConceptsConfig(Schedule):
     """Stage I, concepts: safety projector, safety tokens (1) and safety head."""
 
@@ -65,6 +85,8 @@ class ConceptsConfig(Schedule):
     """Weigh each type and level by the inverse of its frequency in the samples."""
     encode_batch: int = Field(default=32, ge=1)
     """Images in one pass of the vision encoder, whose features are kept on disk."""
+    cache_gb: float = Field(default=100.0, ge=0)
+    """Most that they may take, in 10^9 bytes; past it images are encoded in every epoch."""
     hidden: int = Field(default=1088, ge=1)
     """Channels of the safety projector."""
     tokens: int = Field(default=64, ge=1)
@@ -79,6 +101,8 @@ class ConceptsConfig(Schedule):
     """How the head reads the text: "text" is all of it under its mask, "first" the authors' way."""
     queries: tuple[int, int] | None = None
     """Rows and columns of the safety features; null keeps the grid of the image."""
+    hardening: Hardening = Hardening()
+    """Noise and attacks that the bottleneck learns to withstand."""
 
 
 class LanguageSchedule(Schedule):
@@ -86,6 +110,8 @@ class LanguageSchedule(Schedule):
 
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them: less memory, more time."""
+    group_by_length: bool = False
+    """Put samples of like length into a batch, so that little of it is padding."""
 
 
 class TokensConfig(LanguageSchedule):

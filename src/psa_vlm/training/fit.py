@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from psa_vlm.errors import CheckpointError, DataError, MissingExtra
 from psa_vlm.training import processes
@@ -85,6 +86,46 @@ class Rows(Dataset[T]):
         return self.rows[index]
 
 
+class ByLength(Sampler[int]):
+    """Rows of like length side by side, in an order that seed and epoch decide on every process.
+
+    Args:
+        lengths: of the rows.
+        batch: rows of a step.
+        seed: of the order.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch: int, seed: int) -> None:
+        self.lengths = list(lengths)
+        self.batch = batch
+        self.seed = seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Trainer, so that a run that is resumed goes on in the same order."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        order = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(get_length_grouped_indices(self.lengths, self.batch, generator=order))
+
+
+class _Trainer(Trainer):
+    """Trainer that knows how long the rows are, and groups them if it does."""
+
+    lengths: Sequence[int] | None = None
+
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
+        if self.lengths is None:
+            found: Sampler[int] | None = super()._get_train_sampler(train_dataset)
+            return found
+        rows = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return ByLength(self.lengths, rows * self.args.world_size, self.args.seed)
+
+
 class _Bar(ProgressCallback):
     """Trainer's progress bar, with the loss in it instead of a dictionary below it."""
 
@@ -114,7 +155,14 @@ def check_extras(report_to: Sequence[str]) -> None:
             raise MissingExtra(package, "train")
 
 
-def fit(task: Task, rows: Dataset[Any], collate: Any, schedule: Schedule, work: Work) -> History:
+def fit(
+    task: Task,
+    rows: Dataset[Any],
+    collate: Any,
+    schedule: Schedule,
+    work: Work,
+    lengths: Sequence[int] | None = None,
+) -> History:
     """Train a task in place, from the newest complete checkpoint in `work.folder` if there is one.
 
     The outcome is the same, bit for bit, however often the process was killed on the way.
@@ -125,6 +173,7 @@ def fit(task: Task, rows: Dataset[Any], collate: Any, schedule: Schedule, work: 
         collate: makes a dictionary of a list of rows.
         schedule: how long and how fast.
         work: where checkpoints go.
+        lengths: of the rows; those of like length are put together. None leaves it to chance.
 
     Raises:
         DataError: there are no samples.
@@ -161,9 +210,10 @@ def fit(task: Task, rows: Dataset[Any], collate: Any, schedule: Schedule, work: 
     with processes.main_first():
         remove_incomplete(work.folder)
         newest = latest(work.folder)
-    trainer = Trainer(
+    trainer = _Trainer(
         task, arguments, train_dataset=rows, data_collator=collate, callbacks=[MarkComplete()]
     )
+    trainer.lengths = lengths
     for theirs in (PrinterCallback, ProgressCallback):  # whichever Trainer chose
         trainer.remove_callback(theirs)
     trainer.add_callback(_Bar(work.folder.name))
@@ -173,5 +223,6 @@ def fit(task: Task, rows: Dataset[Any], collate: Any, schedule: Schedule, work: 
         if told := save_error(error, work.folder):
             raise told from error
         raise
+    processes.unshard(task)
     task.eval()
     return [point for point in trainer.state.log_history if "loss" in point]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import set_seed
@@ -15,6 +16,7 @@ from psa_vlm.data.images import Source, open_images
 from psa_vlm.data.sample import Sample, Turn
 from psa_vlm.errors import DataError
 from psa_vlm.model.backbone import Backbone
+from psa_vlm.model.prompts import IGNORED
 from psa_vlm.model.tokens import add_safety_tokens
 from psa_vlm.training.config import LanguageSchedule, LoraConfig, TokensConfig
 from psa_vlm.training.fit import History, Task, Work, fit
@@ -69,22 +71,56 @@ def _until_question(sample: Sample) -> tuple[Turn, ...]:
     return tuple(turns)
 
 
-class _Opened(Dataset[tuple[Dialogue, "list[Image]"]]):
+class Size(NamedTuple):
+    """How many tokens a dialogue has."""
+
+    all: int
+    """Prompt and answer, its images taken as small ones."""
+    answer: int
+    """Those that the loss is on."""
+
+
+def sizes(backbone: Backbone, rows: Sequence[Dialogue]) -> list[Size]:
+    """Count the tokens of each dialogue."""
+    counted = []
+    for row in rows:
+        prompt = backbone.prompts(
+            [row.conversation], [len(row.images)], [row.hint], answers=[row.answer]
+        )
+        counted.append(Size(prompt["labels"].numel(), _answer_tokens(prompt["labels"])))
+    return counted
+
+
+def _answer_tokens(labels: Tensor) -> int:
+    return int((labels != IGNORED).sum())
+
+
+class _Opened(Dataset[tuple[Dialogue, "list[Image]", Size]]):
     """Dialogues with their images open, read as they are needed."""
 
-    def __init__(self, rows: Sequence[Dialogue]) -> None:
+    def __init__(self, rows: Sequence[Dialogue], counted: Sequence[Size]) -> None:
         self.rows = rows
+        self.sizes = counted
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> tuple[Dialogue, list[Image]]:
+    def __getitem__(self, index: int) -> tuple[Dialogue, list[Image], Size]:
         row = self.rows[index]
-        return row, [frame for image in row.images for frame in open_images(image)]
+        images = [frame for image in row.images for frame in open_images(image)]
+        return row, images, self.sizes[index]
 
 
-def _collate(batch: list[tuple[Dialogue, list[Image]]]) -> dict[str, Any]:
-    return {"batch": batch}
+def _collate(batch: list[tuple[Dialogue, list[Image], Size]]) -> dict[str, Any]:
+    """The batch, and as many labels as its answers have tokens, for Trainer to count."""
+    tokens = sum(size.answer for _, _, size in batch)
+    return {"batch": [(row, images) for row, images, _ in batch], "labels": torch.zeros(tokens)}
+
+
+def layers(model: nn.Module, backbone: Backbone) -> list[str]:
+    """Class names of the model's layers, as its family names them, of those that it has."""
+    present = {type(module).__name__ for module in model.modules()}
+    return sorted(present & set(backbone.model._no_split_modules or ()))
 
 
 class _Answers(Task):
@@ -95,10 +131,14 @@ class _Answers(Task):
         backbone: builds prompts and encodes images.
     """
 
+    accepts_loss_kwargs = True
+    """Trainer tells how many tokens a step's answers have, on all devices and batches of it."""
+
     def __init__(self, model: nn.Module, backbone: Backbone) -> None:
         super().__init__()
         self.model = model
         self.backbone = backbone
+        self._no_split_modules = layers(model, backbone)  # what FSDP shards one by one
 
     def train(self, mode: bool = True) -> _Answers:
         super().train(mode)
@@ -106,8 +146,20 @@ class _Answers(Task):
         self.backbone.model.get_decoder().train(mode)
         return self
 
-    def forward(self, batch: list[tuple[Dialogue, list[Image]]]) -> dict[str, Tensor]:
-        """Args: B dialogues with their images."""
+    def forward(
+        self,
+        batch: list[tuple[Dialogue, list[Image]]],
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """The mean over the tokens of the answers.
+
+        Args:
+            batch: B dialogues with their images.
+            labels: for Trainer.
+            num_items_in_batch: tokens that the mean is over, if this batch is part of a step: so
+                a step is the same in however many parts it is computed.
+        """
         rows = [dialogue for dialogue, _ in batch]
         images = [image for _, images in batch for image in images]
         counts = [len(images) for _, images in batch]
@@ -121,7 +173,9 @@ class _Answers(Task):
         )
         arguments = self.backbone.arguments(inputs, features)
         output = self.backbone.language(**arguments, use_cache=False)
-        return {"loss": output.loss}
+        if num_items_in_batch is None:
+            return {"loss": output.loss}
+        return {"loss": output.loss * (_answer_tokens(inputs["labels"]) / num_items_in_batch)}
 
 
 def _fit(
@@ -133,7 +187,10 @@ def _fit(
 ) -> History:
     if schedule.gradient_checkpointing:
         backbone.model.activation_checkpointing_enable()
-    history = fit(_Answers(model, backbone), _Opened(rows), _collate, schedule, work)
+    counted = sizes(backbone, rows)
+    lengths = [size.all for size in counted] if schedule.group_by_length else None
+    task = _Answers(model, backbone)
+    history = fit(task, _Opened(rows, counted), _collate, schedule, work, lengths)
     if schedule.gradient_checkpointing:
         backbone.model.activation_checkpointing_disable()
     return history

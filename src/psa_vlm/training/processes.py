@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 
 import torch
 from accelerate import PartialState  # type: ignore[import-untyped]
+from torch import nn
 
 
 def _state() -> PartialState:
@@ -32,3 +33,14 @@ def main_first() -> AbstractContextManager[None]:
 def wait() -> None:
     """Until every process is here."""
     _state().wait_for_everyone()
+
+
+def unshard(model: nn.Module) -> None:
+    """Give every process whole weights again, after FSDP kept a part of them on each."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()

@@ -1,0 +1,1 @@
+"""Attacks on a run, what they achieve, and what can be certified."""

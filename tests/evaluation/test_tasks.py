@@ -1,0 +1,337 @@
+"""Every benchmark on rows in its published layout: what it asks, wants, and says is missing."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from psa_vlm.errors import DataError
+from psa_vlm.evaluation.judges import rubric_named
+from psa_vlm.evaluation.tasks import BENCHMARKS, benchmark_named
+from psa_vlm.evaluation.tasks.base import Wanted
+
+
+def png(value: int = 0) -> bytes:
+    stream = io.BytesIO()
+    Image.new("L", (8, 8), value).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def in_base64(value: int = 0) -> str:
+    return base64.b64encode(png(value)).decode()
+
+
+def write(path: Path, rows: Any) -> None:
+    """A data file of rows, in the way its name asks for."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".json":
+        path.write_text(json.dumps(rows), encoding="utf-8")
+    elif path.suffix == ".jsonl":
+        path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    else:
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, rows[0], delimiter="\t" if path.suffix == ".tsv" else ",")
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+@dataclass
+class Case:
+    """A set as it lies on disk, and what its requests ask for."""
+
+    name: str
+    files: dict[str, Any]
+    images: tuple[str, ...]
+    wanted: list[tuple[str, str, str, str | None]]
+    """Words, expectation, group, rubric."""
+
+
+def mm_safety(name: str) -> dict[str, Any]:
+    words = {"Question": "q", "Changed Question": "c", "Key Phrase": "k", "Phrase Type": "p"}
+    words |= {"Rephrased Question": "On the words?", "Rephrased Question(SD)": "On the scene?"}
+    return {f"processed_questions/{name}.json": {"0": words}}
+
+
+def choices(**more: Any) -> dict[str, Any]:
+    row = {"index": 1, "image": in_base64(), "question": "Which?", "hint": "", "category": "c"}
+    return row | {"A": "a cup", "B": "a cat", "C": "", "D": "", "answer": "B"} | more
+
+
+ASKED = "Which?\nA. a cup\nB. a cat\nAnswer with the letter of the option."
+HOLISAFE = {"image": "h/1.png", "query": "What now?", "category": "privacy", "image_safe": True}
+MADE = ("SD", "SD_TYPO", "TYPO")
+
+CASES = [
+    Case(
+        "rtvlm",
+        {
+            "data/Captcha/captcha.jsonl": [{"id": 3, "instruction": "Read it.", "answer": "xyz"}],
+            "data/Politics/politics.jsonl": [{"id": 1, "instruction": "Who wins?"}],
+        },
+        ("data/Captcha/img/3.png", "data/Politics/img/1.png"),
+        [
+            ("Read it.", "refuse", "captcha", "rtvlm captcha"),
+            ("Who wins?", "rating", "politics", "rtvlm politics"),
+        ],
+    ),
+    Case(
+        "risk-sets",
+        {
+            "politics.jsonl": [
+                {
+                    "safe_type": kind,
+                    "safe_level": level,
+                    "image": "1.png",
+                    "conversations": [{"from": "USER", "value": "<image>\nWhat is this?"}],
+                }
+                for kind, level in ((0, 3), (6, 0))
+            ]
+        },
+        ("1.png",),
+        [
+            ("What is this?", "rating", "politics", "risk politics"),
+            ("What is this?", "answer", "politics", "harmless"),
+        ],
+    ),
+    Case(
+        "vlguard",
+        {
+            "test.json": [
+                {
+                    "id": "a",
+                    "image": "a.png",
+                    "safe": False,
+                    "harmful_category": "privacy",
+                    "harmful_subcategory": "personal data",
+                    "instr-resp": [{"instruction": "Read the card.", "response": "No."}],
+                },
+                {
+                    "id": "b",
+                    "image": "b.png",
+                    "safe": True,
+                    "instr-resp": [
+                        {"safe_instruction": "What is it?", "response": "A cake."},
+                        {"unsafe_instruction": "How do I spoil it?", "response": "No."},
+                    ],
+                },
+            ],
+            "train.json": [],
+        },
+        ("test/a.png", "test/b.png"),
+        [
+            ("Read the card.", "refuse", "unsafe image", "attack"),
+            ("What is it?", "answer", "safe image, safe request", "harmless"),
+            ("How do I spoil it?", "refuse", "safe image, unsafe request", "attack"),
+        ],
+    ),
+    Case(
+        "mm-safetybench",
+        mm_safety("01-Illegal_Activitiy") | mm_safety("10-Legal_Opinion"),
+        tuple(
+            f"imgs/{n}/{m}/0.jpg"
+            for n in ("01-Illegal_Activitiy", "10-Legal_Opinion")
+            for m in MADE
+        ),
+        [
+            (words, *rest)
+            for rest in (
+                ("refuse", "01-Illegal_Activitiy", "attack"),
+                ("care", "10-Legal_Opinion", "advice"),
+            )
+            for words in ("On the scene?", "On the words?", "On the words?")
+        ],
+    ),
+    Case(
+        "mossbench",
+        {
+            "information.csv": [
+                {
+                    "pid": 1,
+                    "question": "May I?",
+                    "image_path": "images/1.png",
+                    "description": "d",
+                    "meta_data_over": "type 1",
+                }
+            ]
+        },
+        ("images/1.png",),
+        [("May I?", "answer", "type 1", "harmless")],
+    ),
+    Case(
+        "siuo",
+        {
+            "siuo_gen.json": [
+                {
+                    "question_id": 1,
+                    "image": "1.png",
+                    "question": "Good?",
+                    "category": "morality",
+                    "safety_warning": "w",
+                    "reference_answer": "Careful.",
+                }
+            ]
+        },
+        ("images/1.png",),
+        [("Good?", "care", "morality", "siuo")],
+    ),
+    Case(
+        "vlsbench",
+        {
+            "data.json": [
+                {
+                    "instruction_id": 1,
+                    "instruction": "Go.",
+                    "image_path": "imgs/0.png",
+                    "category": "Privacy",
+                }
+            ]
+        },
+        ("imgs/0.png",),
+        [("Go.", "care", "Privacy", "vlsbench")],
+    ),
+    Case(
+        "holisafe",
+        {"holisafe_bench.json": [HOLISAFE | {"id": 1, "type": "SSU"}, HOLISAFE | {"type": "SSS"}]},
+        ("images/h/1.png",),
+        [
+            ("What now?", "refuse", "SSU", "attack"),
+            ("What now?", "answer", "SSS", "harmless"),
+        ],
+    ),
+    Case(
+        "jailbreakv",
+        {
+            "JailBreakV_28K.csv": [
+                {
+                    "id": 0,
+                    "jailbreak_query": "A request.",
+                    "redteam_query": "r",
+                    "format": "Template",
+                    "policy": "Animal Abuse",
+                    "image_path": "llm/1.png",
+                }
+            ]
+        },
+        ("llm/1.png",),
+        [("A request.", "refuse", "Template", "attack")],
+    ),
+    Case(
+        "mme",
+        {
+            "MME.tsv": [
+                {"index": 1, "image": in_base64(), "question": "Two?", "answer": "Yes"}
+                | {"category": "count"}
+            ]
+        },
+        (),
+        [("Two?", "target", "count", None)],
+    ),
+    Case("mmbench", {"MMBench_DEV_EN.tsv": [choices()]}, (), [(ASKED, "target", "c", None)]),
+    Case("seedbench", {"SEEDBench.tsv": [choices()]}, (), [(ASKED, "target", "c", None)]),
+]
+
+
+@pytest.fixture(params=CASES, ids=lambda case: case.name)
+def case(request: pytest.FixtureRequest, tmp_path: Path) -> Case:
+    found: Case = request.param
+    for name, rows in found.files.items():
+        write(tmp_path / name, rows)
+    for name in found.images:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(png())
+    return found
+
+
+def told(samples: list[Any]) -> list[tuple[str, str, str, str | None]]:
+    return [
+        (s.input[0].text, s.metadata["expects"], s.metadata["group"], s.metadata["rubric"])
+        for s in samples
+    ]
+
+
+def test_a_published_layout_becomes_requests(case: Case, tmp_path: Path) -> None:
+    samples = BENCHMARKS[case.name].read(tmp_path)
+    assert told(samples) == case.wanted
+    assert len({one.id for one in samples}) == len(samples)
+    for one in samples:
+        [image] = [part for part in one.input[0].content if part.type == "image"]
+        assert Path(image.image).is_file() or image.image.startswith("data:image/png;base64,")
+        assert one.metadata["where"].startswith(str(tmp_path))
+        if one.metadata["rubric"]:
+            assert rubric_named(one.metadata["rubric"])
+
+
+def test_what_is_missing_is_named_with_where_to_ask(case: Case, tmp_path: Path) -> None:
+    for name in case.files:
+        (tmp_path / name).unlink()
+    benchmark = BENCHMARKS[case.name]
+    with pytest.raises(DataError, match=r"holds no .*you get it from") as caught:
+        benchmark.read(tmp_path)
+    assert benchmark.ask in str(caught.value) and benchmark.needs[0][0] in str(caught.value)
+    with pytest.raises(DataError, match="give its folder with --data"):
+        benchmark.read(None)
+
+
+def test_figstep_as_published(tmp_path: Path) -> None:
+    row = {"dataset": "ForbidQI", "category_id": 7, "task_id": 1}
+    row |= {"category_name": "Privacy Violation", "question": "q", "instruction": "A list."}
+    write(tmp_path / "data/question/safebench.csv", [row])
+    with pytest.raises(DataError, match=r"holds no data/images/SafeBench\*"):
+        benchmark_named("figstep").read(tmp_path)
+    image = tmp_path / "data/images/SafeBench/query_ForbidQI_7_1_6.png"
+    image.parent.mkdir(parents=True)
+    image.write_bytes(png())
+    [sample] = benchmark_named("figstep").read(tmp_path)
+    assert sample.metadata is not None and sample.metadata["expects"] == "refuse"
+    assert sample.metadata["group"] == "Privacy Violation" and sample.target == ""
+
+
+def test_pope_as_published(tmp_path: Path) -> None:
+    """JSON lines in a file called .json; the groups are its three files."""
+    for kind in ("random", "popular"):
+        line = {"question_id": 1, "image": "1.png", "text": "Is there a cup?", "label": "yes"}
+        (tmp_path / f"coco_pope_{kind}.json").write_text(json.dumps(line) + "\n")
+    (tmp_path / "1.png").write_bytes(png())
+    samples = benchmark_named("pope").read(tmp_path)
+    asked = "Is there a cup?\nAnswer yes or no."
+    assert told(samples) == [
+        (asked, "target", "coco_pope_popular", None),
+        (asked, "target", "coco_pope_random", None),
+    ]
+    assert {(one.target, one.metadata["form"]) for one in samples if one.metadata} == {
+        ("yes", "yes-no")
+    }
+
+
+def test_questions_about_one_image_are_known_to_be_so(tmp_path: Path) -> None:
+    row = {"answer": "Yes", "category": "count", "question": "Two?"}
+    rows = [row | {"index": i, "image": in_base64(v)} for i, v in enumerate((1, 1, 2))]
+    write(tmp_path / "MME.tsv", rows)
+    found = [one.metadata["picture"] for one in benchmark_named("mme").read(tmp_path)]  # type: ignore[index]
+    assert found[0] == found[1] != found[2]
+
+
+def test_a_rubric_that_is_missing_is_known_before_anything_runs(tmp_path: Path) -> None:
+    row = {"pid": 1, "question": "May I?", "image_path": "1.png", "description": "d"}
+    write(tmp_path / "information.csv", [row])
+    (tmp_path / "1.png").write_bytes(png())
+    own = replace(BENCHMARKS["mossbench"], wanted=lambda _: Wanted("rating", "g", "weather"))
+    with pytest.raises(DataError, match="no rubric for 'weather'"):
+        own.read(tmp_path)
+
+
+def test_every_benchmark_of_the_list_is_there() -> None:
+    assert set(BENCHMARKS) == {
+        *("rtvlm", "risk-sets", "vlguard", "figstep", "mm-safetybench", "mossbench", "siuo"),
+        *("vlsbench", "holisafe", "jailbreakv", "pope", "mme", "mmbench", "seedbench"),
+    }
+    with pytest.raises(DataError, match="'mmee' is unknown; known: testbed, rtvlm"):
+        benchmark_named("mmee")
