@@ -226,8 +226,8 @@ def test_a_text_can_be_read_from_its_begin_mark_on(backbone: Backbone) -> None:
 
 
 def test_all_of_a_text_is_assessed_or_none(backbone: Backbone) -> None:
-    assert backbone.embed_text(["a" * 512])[1].sum() == 512 == backbone.max_tokens
-    with pytest.raises(InputError, match="text is 100,000 tokens long and the model reads 512"):
+    assert backbone.embed_text(["a" * 1024])[1].sum() == 1024 == backbone.max_tokens
+    with pytest.raises(InputError, match="text is 100,000 tokens long and the model reads 1,024"):
         backbone.embed_text(["fine", "b" * 100_000])
 
 
@@ -346,7 +346,7 @@ def test_a_conversation_ends_with_the_user(backbone: Backbone, turns: list[Turn]
 
 
 def test_what_the_model_can_not_read_is_an_error(backbone: Backbone) -> None:
-    with pytest.raises(InputError, match=r"100\d+ tokens long and the model reads 512"):
+    with pytest.raises(InputError, match=r"100\d+ tokens long and the model reads 1,024"):
         backbone.prompts(asked("b" * 100_000), [0])
 
 

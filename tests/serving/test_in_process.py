@@ -160,7 +160,7 @@ def test_earlier_turns_are_part_of_the_request(model: PsaVlm) -> None:
 
 def test_a_bad_request_does_not_spoil_its_neighbours(model: PsaVlm, see: Any) -> None:
     see("clean", "safe")
-    long = Turn("assistant", "b" * 600)
+    long = Turn("assistant", "b" * 1100)
     asks = [
         ask("a"),
         ask("b" * 9999),
