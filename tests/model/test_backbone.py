@@ -346,7 +346,7 @@ def test_a_conversation_ends_with_the_user(backbone: Backbone, turns: list[Turn]
 
 
 def test_what_the_model_can_not_read_is_an_error(backbone: Backbone) -> None:
-    with pytest.raises(InputError, match=r"100\d+ tokens long and the model reads 1,024"):
+    with pytest.raises(InputError, match=r"100\d+ tokens long and the model reads 1024"):
         backbone.prompts(asked("b" * 100_000), [0])
 
 
