@@ -12,7 +12,7 @@ from scipy.stats import binomtest
 from psa_vlm.errors import DataError
 from psa_vlm.evaluation.ab import Pair, Ratings, app, pairs, swapped
 from psa_vlm.evaluation.compare import compare, disagreements, paired_test, write_comparison
-from psa_vlm.evaluation.results import read_log
+from psa_vlm.evaluation.outcomes import read_log
 from psa_vlm.evaluation.running import Asked, evaluate
 from psa_vlm.evaluation.tasks import benchmark_named
 

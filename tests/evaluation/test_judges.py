@@ -11,7 +11,9 @@ import pytest
 from psa_vlm.data.sample import Sample, Turn
 from psa_vlm.errors import DataError, InputError, PsaVlmError
 from psa_vlm.evaluation.judges import choice, judges, judges_it, rubric_named, rubrics, yes_or_no
-from psa_vlm.evaluation.results import Figure, Results, read_log
+from psa_vlm.evaluation.measures import Figure
+from psa_vlm.evaluation.outcomes import read_log
+from psa_vlm.evaluation.results import Results
 from psa_vlm.evaluation.running import Asked, evaluate
 from psa_vlm.evaluation.scorers import shows_care
 from psa_vlm.evaluation.tasks import benchmark_named

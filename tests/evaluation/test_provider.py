@@ -23,8 +23,8 @@ from inspect_ai.model import (
 from psa_vlm.data.sample import Turn
 from psa_vlm.errors import ConfigError, ImageError, InputError
 from psa_vlm.evaluation.baselines import Ask, Told
+from psa_vlm.evaluation.outcomes import read_log
 from psa_vlm.evaluation.provider import Batches, PsaAPI, to_ask
-from psa_vlm.evaluation.results import read_log
 from psa_vlm.evaluation.running import Asked, evaluate, model_named
 from psa_vlm.evaluation.tasks import benchmark_named
 from psa_vlm.model.writing import Written

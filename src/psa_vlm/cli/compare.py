@@ -25,7 +25,7 @@ def compare(
     """Evaluations side by side, with paired tests; a page shows the replies that differ."""
     from psa_vlm.evaluation.compare import compare as run
     from psa_vlm.evaluation.compare import disagreements, write_comparison
-    from psa_vlm.evaluation.results import read_log
+    from psa_vlm.evaluation.outcomes import read_log
 
     read = [read_log(path) for path in logs]
     comparison = run(read, seed)
@@ -56,7 +56,7 @@ def serve(
     from psa_vlm.errors import MissingExtra
     from psa_vlm.evaluation.ab import Ratings, pairs
     from psa_vlm.evaluation.ab import app as page
-    from psa_vlm.evaluation.results import method_of, read_log
+    from psa_vlm.evaluation.outcomes import method_of, read_log
 
     try:
         import uvicorn

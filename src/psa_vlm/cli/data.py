@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from psa_vlm.cli.options import Config, Json, MapFile, Set, TaxonomyFile, print_json
+from psa_vlm.cli.options import Config, Images, Json, MapFile, Set, TaxonomyFile, print_json
 
 app = typer.Typer(help="Look at published data sets, and mix them.", no_args_is_help=True)
 
@@ -15,7 +15,7 @@ app = typer.Typer(help="Look at published data sets, and mix them.", no_args_is_
 @app.command("inspect")
 def inspect_set(
     path: Annotated[Path, typer.Argument(help="A data file, or the folder of a published set.")],
-    images: Annotated[Path | None, typer.Option(help="Folder of the images.")] = None,
+    images: Images = None,
     layout: Annotated[
         str | None, typer.Option("--format", help="Name of the layout; default: guessed.")
     ] = None,

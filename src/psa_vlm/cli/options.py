@@ -44,6 +44,12 @@ KeysFile = Annotated[Path, typer.Argument(help="A YAML file; it holds hashes alo
 MapFile = Annotated[
     Path | None, typer.Option("--map", help="A map of the set's categories over the shipped one.")
 ]
+Images = Annotated[Path | None, typer.Option(help="Folder of the images.")]
+TestSet = Annotated[
+    Path | None,
+    typer.Option(help="A labelled set in any known layout; default: the testbed's."),
+]
+Run = Annotated[Path, typer.Argument(help="A run folder.")]
 Base = Annotated[Path | None, typer.Option("--base", help="Where the base model is now.")]
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from psa_vlm.cli.options import Config, Set, quiet
+from psa_vlm.cli.options import Config, Images, Set, quiet
 
 app = typer.Typer(help="Train a run: stage I, then stage II.", no_args_is_help=True)
 
@@ -46,7 +46,7 @@ def baseline(
     base: Annotated[Path, typer.Option(help="The vision-language model that it is for.")],
     data: Annotated[Path, typer.Option(help="A set in any known layout.")],
     out: Annotated[Path, typer.Option(help="Folder for `evaluate --task ... --model`.")],
-    images: Annotated[Path | None, typer.Option(help="Folder of the images.")] = None,
+    images: Images = None,
     seed: Annotated[int, typer.Option(help="Of LoRA.")] = 0,
     epochs: Annotated[int, typer.Option(help="Of LoRA.", min=1)] = 3,
     rank: Annotated[int, typer.Option(help="Of LoRA; alpha is twice as large.", min=1)] = 128,

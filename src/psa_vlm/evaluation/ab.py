@@ -25,7 +25,7 @@ from rich.text import Text
 from psa_vlm.errors import DataError, MissingExtra
 from psa_vlm.evaluation.agreement import krippendorff_alpha
 from psa_vlm.evaluation.compare import thumbnail
-from psa_vlm.evaluation.results import in_text
+from psa_vlm.evaluation.outcomes import in_text
 from psa_vlm.evaluation.scorers import wilson
 
 if TYPE_CHECKING:

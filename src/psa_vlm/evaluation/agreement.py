@@ -6,6 +6,61 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 from itertools import combinations
 
+from pydantic import BaseModel, ConfigDict
+
+from psa_vlm.evaluation.outcomes import Outcome
+from psa_vlm.evaluation.scorers import wilson
+
+
+class Agreement(BaseModel):
+    """How far two judges agree on whether replies did what they should.
+
+    `share` of the `n` replies that both scored; `alpha` is Krippendorff's, null where it has none.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    judges: tuple[str, str]
+    share: float
+    low: float
+    high: float
+    alpha: float | None
+    n: int
+
+    def __str__(self) -> str:
+        alpha = "not defined" if self.alpha is None else f"{self.alpha:.2f}"
+        share, low, high = (f"{100 * one:.1f}" for one in (self.share, self.low, self.high))
+        return (
+            f"{self.judges[0]} and {self.judges[1]} agree on {share}% ({low}-{high}) of {self.n}; "
+            f"Krippendorff's alpha {alpha}"
+        )
+
+
+def agreements(found: Sequence[Outcome]) -> list[Agreement]:
+    """How far each two judges agree, over the replies that both scored."""
+    said: dict[str, dict[tuple[str, int], float]] = {}
+    for one in found:
+        if one.good is not None:
+            said.setdefault(one.judge, {})[one.item, one.epoch] = one.good
+    made = []
+    for a, b in combinations(said, 2):
+        shared = [key for key in said[a] if key in said[b]]
+        pairs = [(said[a][key], said[b][key]) for key in shared]
+        interval = wilson([one == other for one, other in pairs])
+        if interval is not None:
+            alpha = krippendorff_alpha(pairs)
+            made.append(
+                Agreement(
+                    judges=(a, b),
+                    share=interval.value,
+                    low=interval.low,
+                    high=interval.high,
+                    alpha=alpha,
+                    n=interval.n,
+                )
+            )
+    return made
+
 
 def krippendorff_alpha(items: Sequence[Sequence[Hashable | None]]) -> float | None:
     """Krippendorff's alpha for nominal labels: 1 is full agreement, 0 that of chance.

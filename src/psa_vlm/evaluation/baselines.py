@@ -22,7 +22,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from psa_vlm.data.images import Source, open_images
 from psa_vlm.data.sample import Sample, Turn
@@ -40,7 +40,6 @@ from psa_vlm.training.language import dialogues, train_lora
 
 Baseline = Literal["plain", "system_prompt", "adashield", "ecso"]
 """Those that need no training."""
-BASELINES: tuple[Baseline, ...] = get_args(Baseline)
 
 SYSTEM_PROMPT = (
     "You are a careful assistant. If the image or the request is risky, refuse and say why."
@@ -124,11 +123,7 @@ def _brief(verdict: dict[str, Any]) -> dict[str, Any]:
 
 def plain(backbone: Backbone) -> Method:
     """The model alone."""
-
-    def answer(asks: Sequence[Ask], max_tokens: int) -> list[Told]:
-        return [Told(one) for one in _write(backbone, asks, max_tokens)]
-
-    return answer
+    return _changed(backbone, lambda ask: ask)
 
 
 def system_prompt(backbone: Backbone, words: str = SYSTEM_PROMPT) -> Method:
@@ -242,6 +237,14 @@ def guarded(backbone: Backbone, guard: Guard, threshold: float = 0.5) -> Method:
     return answer
 
 
+UNTRAINED: dict[Baseline, Callable[[Backbone], Method]] = {
+    "plain": plain,
+    "system_prompt": system_prompt,
+    "adashield": adashield,
+    "ecso": ecso,
+}
+
+
 # --- what is trained, on disk --------------------------------------------------------------------
 
 
@@ -300,8 +303,8 @@ def load_method(
         CheckpointError: the folder or the base model can't be loaded, or the base is another.
         ConfigError: the baseline is unknown, or a policy is given where no run uses one.
     """
-    if baseline is not None and baseline not in BASELINES:
-        raise ConfigError(f"baseline {baseline!r} is unknown; known: {', '.join(BASELINES)}")
+    if baseline is not None and baseline not in UNTRAINED:
+        raise ConfigError(f"baseline {baseline!r} is unknown; known: {', '.join(UNTRAINED)}")
     is_run = (checkpoint.home(folder) / checkpoint.MANIFEST).is_file()
     if policy is not None and (baseline is not None or not is_run):
         raise ConfigError("a policy is for a run of psa-vlm alone; leave --policy out")
@@ -314,17 +317,8 @@ def load_method(
             raise ConfigError(f"{folder}: is a trained baseline itself; leave --baseline out")
         return _trained(folder, base, device)
     source = base or (_base_of(folder) if is_run else folder)
-    return _made(baseline or "plain", Backbone.from_pretrained(source, device=device))
-
-
-def _made(baseline: Baseline, backbone: Backbone) -> tuple[Method, str]:
-    made: dict[Baseline, Callable[[Backbone], Method]] = {
-        "plain": plain,
-        "system_prompt": system_prompt,
-        "adashield": adashield,
-        "ecso": ecso,
-    }
-    return made[baseline](backbone), baseline
+    name = baseline or "plain"
+    return UNTRAINED[name](Backbone.from_pretrained(source, device=device)), name
 
 
 def _base_of(folder: Path) -> str | Path:

@@ -20,9 +20,11 @@ from rich.text import Text
 from psa_vlm.data.images import open_images
 from psa_vlm.errors import DataError, ImageError
 from psa_vlm.evaluation import figures as charts
+from psa_vlm.evaluation.measures import ALL, Figure, by_item, measured, parts
+from psa_vlm.evaluation.outcomes import Outcome, in_text
+from psa_vlm.evaluation.outcomes import outcomes as outcomes_of
 from psa_vlm.evaluation.report import write_page
-from psa_vlm.evaluation.results import ALL, Figure, Outcome, Results, by_item, in_text, measured
-from psa_vlm.evaluation.results import outcomes as outcomes_of
+from psa_vlm.evaluation.results import Results
 from psa_vlm.evaluation.tasks.base import data_url
 
 if TYPE_CHECKING:
@@ -132,34 +134,32 @@ def compare(logs: Sequence[EvalLog], seed: int = 0) -> Comparison:
 def _differences(
     first: str, a: Sequence[Outcome], second: str, b: Sequence[Outcome], seed: int
 ) -> list[Difference]:
+    """Every figure that both have, on the requests that both scored."""
     made = []
-    for judge in dict.fromkeys(one.judge for one in a):
-        own = [[one for one in part if one.judge == judge] for part in (a, b)]
-        groups = list(dict.fromkeys(one.group for one in own[0]))
-        for group in [ALL, *(groups if len(groups) > 1 else [])]:
-            parts = [[one for one in part if group in (ALL, one.group)] for part in own]
-            second_values = {m: by_item(v) for m, v, _ in measured(parts[1], judge)}
-            for measure, values, of in measured(parts[0], judge):
-                before, after = by_item(values), second_values.get(measure, {})
-                shared = [item for item in before if item in after]
-                if shared:
-                    pairs = [(before[item], after[item]) for item in shared]
-                    test, p = paired_test(pairs, seed)
-                    change = float(np.mean([y - x for x, y in pairs]))
-                    made.append(
-                        Difference(
-                            measure=measure,
-                            group=group,
-                            judge=judge,
-                            first=first,
-                            second=second,
-                            change=change,
-                            of=of,
-                            n=len(pairs),
-                            test=test,
-                            p=p,
-                        )
-                    )
+    after = {(part.judge, part.group): part for part in parts(b)}
+    for one in parts(a):
+        other = after.get((one.judge, one.group))
+        values = {m: by_item(v) for m, v, _ in measured(other.outcomes, one.judge)} if other else {}
+        for measure, own, of in measured(one.outcomes, one.judge):
+            theirs = values.get(measure, {})
+            pairs = [(x, theirs[item]) for item, x in by_item(own).items() if item in theirs]
+            if not pairs:
+                continue
+            test, p = paired_test(pairs, seed)
+            made.append(
+                Difference(
+                    measure=measure,
+                    group=one.group,
+                    judge=one.judge,
+                    first=first,
+                    second=second,
+                    change=float(np.mean([y - x for x, y in pairs])),
+                    of=of,
+                    n=len(pairs),
+                    test=test,
+                    p=p,
+                )
+            )
     return made
 
 
@@ -199,13 +199,17 @@ def _holm(differences: Sequence[Difference]) -> list[Difference]:
 # --- the replies on which they differ ------------------------------------------------------------
 
 
+Said = dict[str, tuple[float | None, str]]
+"""Judge -> whether a reply was good, None unscored, and what the judge made of it."""
+
+
 @dataclass(frozen=True)
 class Reply:
     """One reply, and what each judge said of it."""
 
     letter: str
     text: str
-    said: dict[str, tuple[float | None, str]]
+    said: Said
 
 
 @dataclass(frozen=True)
@@ -232,27 +236,14 @@ def disagreements(logs: Sequence[EvalLog], seed: int = 0, most: int = SHOWN) -> 
         {str(one.id): one for one in log.samples or [] if one.epoch == 1 and one.error is None}
         for log in logs
     ]
-    said: list[dict[str, dict[str, tuple[float | None, str]]]] = []
-    for log in logs:
-        own: dict[str, dict[str, tuple[float | None, str]]] = {}
-        for one in outcomes_of(log):
-            if one.epoch == 1:
-                own.setdefault(one.item, {})[one.judge] = (one.good, one.answer)
-        said.append(own)
-    differing = []
-    for item in samples[0]:
-        if all(item in own for own in samples) and all(item in own for own in said):
-            by_judge: dict[str, set[float]] = {}
-            for own in said:
-                for judge, (good, _) in own[item].items():
-                    if good is not None:
-                        by_judge.setdefault(judge, set()).add(good)
-            within = any(
-                len({good for good, _ in own[item].values() if good is not None}) > 1
-                for own in said
-            )
-            if within or any(len(goods) > 1 for goods in by_judge.values()):
-                differing.append(item)
+    said = [_said(log) for log in logs]
+    differing = [
+        item
+        for item in samples[0]
+        if all(item in own for own in samples)
+        and all(item in own for own in said)
+        and _differ([own[item] for own in said])
+    ]
     if len(differing) > most:
         drawn = set(Random(seed).sample(differing, most))
         differing = [item for item in differing if item in drawn]
@@ -266,6 +257,23 @@ def disagreements(logs: Sequence[EvalLog], seed: int = 0, most: int = SHOWN) -> 
         metadata = samples[0][item].metadata
         cases.append(Case(item, metadata["group"], metadata["expects"], question, images, replies))
     return cases
+
+
+def _said(log: EvalLog) -> dict[str, Said]:
+    """Item -> what was said of its first reply."""
+    found: dict[str, Said] = {}
+    for one in outcomes_of(log):
+        if one.epoch == 1:
+            found.setdefault(one.item, {})[one.judge] = (one.good, one.answer)
+    return found
+
+
+def _differ(said: Sequence[Said]) -> bool:
+    """Whether the judges of one reply differ, or one judge between replies."""
+    goods = [{judge: good for judge, (good, _) in own.items() if good is not None} for own in said]
+    within = any(len(set(own.values())) > 1 for own in goods)
+    between = any(len({own[j] for own in goods if j in own}) > 1 for own in goods for j in own)
+    return within or between
 
 
 # --- the page ------------------------------------------------------------------------------------

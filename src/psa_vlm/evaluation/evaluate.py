@@ -8,9 +8,9 @@ from typing import Any
 
 from rich.table import Table
 
-from psa_vlm.data.images import open_images
-from psa_vlm.data.sample import Sample, Turn
+from psa_vlm.data.sample import Sample
 from psa_vlm.errors import DataError
+from psa_vlm.evaluation.baselines import Ask, plain, system_prompt
 from psa_vlm.evaluation.scorecard import Cell, Method, Record, Split
 from psa_vlm.evaluation.scorers import Interval, Judge, macro_f1, wilson
 from psa_vlm.inference import PsaVlm
@@ -46,16 +46,11 @@ def unaligned(
     backbone: Backbone, system: str | None = None, max_new_tokens: int = MAX_NEW_TOKENS
 ) -> AnswerFn:
     """A backbone without the bottleneck, plain or under a safety system prompt."""
+    method = plain(backbone) if system is None else system_prompt(backbone, system)
 
     def answer(samples: Sequence[Sample]) -> list[Answer]:
-        opened = [[f for image in sample.images for f in open_images(image)] for sample in samples]
-        images = [image for group in opened for image in group]
-        counts = [len(group) for group in opened]
-        features = backbone.encode(images, counts) if images else None
-        first = () if system is None else (Turn("system", system),)
-        asked = [(*first, *sample.conversation[:1]) for sample in samples]
-        inputs = backbone.prompts(asked, counts, features=features)
-        return [(text, None) for text in backbone.generate(inputs, features, max_new_tokens)]
+        asks = [Ask(sample.images, sample.conversation[:1]) for sample in samples]
+        return [(told.written.text, None) for told in method(asks, max_new_tokens)]
 
     return answer
 

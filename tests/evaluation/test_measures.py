@@ -1,4 +1,4 @@
-"""Figures from outcomes: what counts for what, how sure, and how far judges agree."""
+"""Figures from outcomes: what counts for what, and how sure."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from psa_vlm.evaluation.agreement import krippendorff_alpha
-from psa_vlm.evaluation.results import Figure, Outcome, agreements, figures
+from psa_vlm.evaluation.measures import Figure, figures
+from psa_vlm.evaluation.outcomes import Outcome
 from psa_vlm.evaluation.scorers import bootstrap, bootstrap_mean
 
 
@@ -96,31 +96,6 @@ def test_f1_of_yes_by_hand() -> None:
     assert one(figures(own, seed=0), "F1 of yes").value == pytest.approx(2 * 2 / (2 * 2 + 1 + 1))
     letters = [Outcome("x", 1, "g", "target", "p", "rules", 1, "B")]
     assert not [f for f in figures(letters, seed=0) if f.measure == "F1 of yes"]
-
-
-def test_judges_agree_over_what_both_scored() -> None:
-    a = said([1, 1, 0, 0, None, 1])
-    b = said([1, 0, 0, 0, 1, None], judge="rules")
-    [found] = agreements([*a, *b])
-    assert found.judges == ("phrases", "rules")
-    assert (found.share, found.n) == (0.75, 4)
-    # By hand: labels 1,1 1,0 0,0 0,0; observed 2, expected (64 - 9 - 25) / 7.
-    assert found.alpha == pytest.approx(1 - 2 / ((64 - 9 - 25) / 7))
-    assert agreements(a) == []
-
-
-def test_krippendorff_against_the_published_example() -> None:
-    """Krippendorff 2011, section C: nominal data, four observers, with gaps; alpha is 0.743."""
-    observers = [
-        [1, 2, 3, 3, 2, 1, 4, 1, 2, None, None, None],
-        [1, 2, 3, 3, 2, 2, 4, 1, 2, 5, None, 3],
-        [None, 3, 3, 3, 2, 3, 4, 2, 2, 5, 1, None],
-        [1, 2, 3, 3, 2, 4, 4, 1, 2, 5, 1, None],
-    ]
-    units = list(zip(*observers, strict=True))
-    assert krippendorff_alpha(units) == pytest.approx(0.743, abs=5e-4)
-    assert krippendorff_alpha([(1, 1), (1, 1)]) is None
-    assert krippendorff_alpha([(1, None), (2, None)]) is None
 
 
 def test_the_bootstrap_is_seeded_and_holds_its_figure() -> None:
