@@ -279,13 +279,13 @@ def test_labels_outside_the_taxonomy_and_a_broken_line(
 def test_evaluate_tells_what_was_trained_on(
     psa: Psa, run_dir: Path, picture: Path, tmp_path: Path
 ) -> None:
-    from psa_vlm.data.contamination import Seen
+    from psa_vlm.data.contamination import Fingerprints
     from psa_vlm.data.readers import read
 
     data, run = tmp_path / "data.jsonl", tmp_path / "run"
     data.write_text(json.dumps(labelled(picture)) + "\n")
     shutil.copytree(run_dir, run)
-    Seen.of(read(data)).save(run)
+    Fingerprints.of(read(data)).save(run)
     scored = json.loads(psa("evaluate", "--model", run, "--data", data, "--json").out)
     assert scored["contamination"]["images"] == scored["contamination"]["both"] == 1
     assert "1 share an image with training" in psa("evaluate", "--model", run, "--data", data).out
@@ -430,13 +430,13 @@ def test_serve_refuses_the_open_without_keys(psa: Psa, run_dir: Path) -> None:
 def test_an_export_is_a_model_for_every_command(
     psa: Psa, run_dir: Path, picture: Path, tmp_path: Path
 ) -> None:
-    from psa_vlm.data.contamination import Seen
+    from psa_vlm.data.contamination import Fingerprints
     from psa_vlm.data.readers import read
 
     data, run, out = tmp_path / "data.jsonl", tmp_path / "run", tmp_path / "out"
     data.write_text(json.dumps(labelled(picture)) + "\n")
     shutil.copytree(run_dir, run)
-    Seen.of(read(data)).save(run)
+    Fingerprints.of(read(data)).save(run)
     assert f"exported to {out}" in psa("export", run, out).out
     asked = (picture, "--text", "What is this?", "--json", "--model")
     told = [json.loads(psa("assess", *asked, model).out)["verdict"] for model in (run, out)]

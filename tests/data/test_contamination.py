@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from psa_vlm.data.contamination import FILE, Seen, contamination
+from psa_vlm.data.contamination import FILE, Fingerprints, contamination
 from psa_vlm.data.sample import Sample, Turn
 from psa_vlm.errors import CheckpointError
 
@@ -32,7 +32,7 @@ def test_each_kind_of_copy_is_counted() -> None:
             sample("words", None, "Who made it?"),
             sample("new", picture(3), "New too"),
         ],
-        Seen.of(TRAINED),
+        Fingerprints.of(TRAINED),
     )
     assert (found.samples, found.images, found.near_images) == (5, 1, 1)
     assert (found.prompts, found.both, found.ids) == (3, 1, ("copy", "smaller"))
@@ -40,23 +40,23 @@ def test_each_kind_of_copy_is_counted() -> None:
 
 
 def test_a_clean_set_is_called_clean() -> None:
-    found = contamination([sample("new", picture(3), "New")], Seen.of(TRAINED))
+    found = contamination([sample("new", picture(3), "New")], Fingerprints.of(TRAINED))
     assert str(found) == "contamination: none of 1 samples is known from training"
 
 
 def test_what_was_seen_survives_the_disk_and_adds_up(tmp_path: Path) -> None:
-    Seen.of(TRAINED[:1]).save(tmp_path)
-    loaded = Seen.load(tmp_path)
+    Fingerprints.of(TRAINED[:1]).save(tmp_path)
+    loaded = Fingerprints.load(tmp_path)
     assert loaded is not None
-    both = loaded | Seen.of(TRAINED[1:])
+    both = loaded | Fingerprints.of(TRAINED[1:])
     for name in ("pixels", "looks", "prompts"):
-        assert getattr(both, name).tolist() == getattr(Seen.of(TRAINED), name).tolist()
+        assert getattr(both, name).tolist() == getattr(Fingerprints.of(TRAINED), name).tolist()
     assert contamination(TRAINED, loaded).images == 1
     assert contamination(TRAINED, both).images == 2
 
 
 def test_no_record_is_not_an_empty_one(tmp_path: Path) -> None:
-    assert Seen.load(tmp_path) is None
+    assert Fingerprints.load(tmp_path) is None
     (tmp_path / FILE).write_bytes(b"broken")
     with pytest.raises(CheckpointError, match=r"seen\.safetensors: damaged"):
-        Seen.load(tmp_path)
+        Fingerprints.load(tmp_path)

@@ -246,7 +246,7 @@ def test_a_picked_policy_is_this_page_s_alone(visit: Any, see: Any, audit: Audit
         page.get_by_label("Policy").select_option(name)
         expect(ask(page, PNG).locator(".rule")).to_contain_text(line)
         expect(page.locator(".found small").last).to_have_text(f"policy {name}")
-    expect(ask(other, PNG).locator(".action")).to_have_text("allowed with a hint")
+    expect(ask(other, PNG).locator(".action")).to_have_text("passed on with a hint")
     told = [(one["policy"]["name"], one["decision"]["action"]) for one in audit.records()]
     assert told == [("kids", "refuse"), ("house/school", "refuse"), ("house", "hint")]
 

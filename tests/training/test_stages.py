@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from psa_vlm.data.contamination import Seen, contamination
+from psa_vlm.data.contamination import Fingerprints, contamination
 from psa_vlm.data.sample import Sample
 from psa_vlm.errors import CheckpointError, ConfigError, DataError
 from psa_vlm.inference import PsaVlm
@@ -61,7 +61,7 @@ def test_a_run_folder_is_whole(aligned: PsaVlm, config: Stage1Config) -> None:
 def test_a_run_folder_knows_what_it_was_trained_on(
     aligned: PsaVlm, config: Stage1Config, samples: list[Sample], tmp_path: Path
 ) -> None:
-    seen = Seen.load(config.out)
+    seen = Fingerprints.load(config.out)
     assert seen is not None
     assert contamination(samples, seen).images == len(samples)
     new = replace(samples[0], images=(Image.radial_gradient("L"),))
@@ -206,12 +206,12 @@ def test_stage2_trains_beside_the_hints_and_leaves_the_rest(
         report_to=(),
     )
     earlier = replace(samples[0], images=(Image.linear_gradient("L"),))
-    Seen.of([earlier, *samples]).save(config.out)
+    Fingerprints.of([earlier, *samples]).save(config.out)
     model = run_stage2(second, samples)
     assert [row.hint for row in rows] == hints_for(PsaVlm.from_pretrained(config.out), samples)
     for name in ("bottleneck.safetensors", "safety_tokens.safetensors"):
         assert (second.out / name).read_bytes() == (config.out / name).read_bytes()
-    seen = Seen.load(second.out)
+    seen = Fingerprints.load(second.out)
     assert seen and contamination([earlier, *samples], seen).images == 1 + len(samples)
     assert [stage["stage"] for stage in provenance.load(second.out)["stages"]] == [1, 2]
     assert "LoRA on the language model" in (second.out / "README.md").read_text()

@@ -160,7 +160,7 @@ def _on_labelled(
 ) -> None:
     from rich.console import Console
 
-    from psa_vlm.data.contamination import Seen, contamination
+    from psa_vlm.data.contamination import Fingerprints, contamination
     from psa_vlm.data.readers import read
     from psa_vlm.evaluation.evaluate import evaluate_samples
     from psa_vlm.model.checkpoint import home
@@ -169,7 +169,7 @@ def _on_labelled(
     vlm = load_run(run, base)
     samples = read(data, images, vlm.taxonomy, categories=map_file)[:limit]
     summary = evaluate_samples(vlm, samples)
-    seen = Seen.load(home(run))
+    seen = Fingerprints.load(home(run))
     shared = None if seen is None else contamination(samples, seen)
     if as_json:
         print_json(summary.to_dict() | {"contamination": shared and shared.to_dict()})

@@ -20,7 +20,7 @@ _NAMES = ("pixels", "looks", "prompts")
 
 
 @dataclass(frozen=True)
-class Seen:
+class Fingerprints:
     """Hashes of images and prompts, in no order; a megabyte holds some 40,000 samples.
 
     Attributes:
@@ -34,7 +34,7 @@ class Seen:
     prompts: Hashes
 
     @classmethod
-    def of(cls, samples: Sequence[Sample]) -> Seen:
+    def of(cls, samples: Sequence[Sample]) -> Fingerprints:
         """Look at every image and prompt.
 
         Raises:
@@ -49,9 +49,11 @@ class Seen:
             array(sorted({prompt_hash(sample) for sample in samples})),
         )
 
-    def __or__(self, other: Seen) -> Seen:
+    def __or__(self, other: Fingerprints) -> Fingerprints:
         """What either has seen."""
-        return Seen(*(np.union1d(getattr(self, one), getattr(other, one)) for one in _NAMES))
+        return Fingerprints(
+            *(np.union1d(getattr(self, one), getattr(other, one)) for one in _NAMES)
+        )
 
     def save(self, folder: Path) -> None:
         """Write it into a run folder."""
@@ -60,7 +62,7 @@ class Seen:
         save_file({name: getattr(self, name) for name in _NAMES}, folder / FILE)
 
     @classmethod
-    def load(cls, folder: Path) -> Seen | None:
+    def load(cls, folder: Path) -> Fingerprints | None:
         """Read it from a run folder; None if the run holds none.
 
         Raises:
@@ -111,7 +113,7 @@ class Contamination:
         return asdict(self)
 
 
-def contamination(samples: Sequence[Sample], seen: Seen, near: int = NEAR) -> Contamination:
+def contamination(samples: Sequence[Sample], seen: Fingerprints, near: int = NEAR) -> Contamination:
     """Compare evaluation samples with what was trained on.
 
     Args:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from psa_vlm.data.contamination import Seen
+from psa_vlm.data.contamination import Fingerprints
 from psa_vlm.data.readers import read
 from psa_vlm.data.sample import Sample
 from psa_vlm.errors import CheckpointError, ConfigError
@@ -115,10 +115,10 @@ class Run:
                 target.mkdir(parents=True, exist_ok=True)
                 shutil.copy(events, target)
 
-    def _seen(self) -> Seen:
+    def _seen(self) -> Fingerprints:
         """Hashes of all that the model was trained on."""
-        seen = Seen.of(self.samples)
-        earlier = Seen.load(home(self.before)) if self.before else None
+        seen = Fingerprints.of(self.samples)
+        earlier = Fingerprints.load(home(self.before)) if self.before else None
         return seen | earlier if earlier else seen
 
     def _provenance(self, folder: Path) -> dict[str, Any]:

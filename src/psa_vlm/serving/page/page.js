@@ -175,7 +175,7 @@ function busy(is) {
   for (const button of document.querySelectorAll("button[type=submit], #new")) button.disabled = is;
 }
 
-const ACTIONS = { allow: "allowed", hint: "allowed with a hint", refuse: "refused" };
+const ACTIONS = { allow: "allowed", hint: "passed on with a hint", refuse: "refused" };
 const NO_RULE = {
   clean: "No risk was found, so no rule was needed.",
   "no-image": "Without an image there is nothing to assess.",
