@@ -162,6 +162,9 @@ class SafetyBottleneck(nn.Module):
         rows: dict[tuple[int, int], list[int]] = {}
         for row, features in enumerate(maps):
             rows.setdefault((features.shape[0], features.shape[1]), []).append(row)
+        if len(rows) == 1:
+            (grid,) = rows
+            return self(torch.stack(list(maps)).flatten(1, 2), text_embeds, text_mask, grid)
         outputs = [
             self(
                 torch.stack([maps[row] for row in group]).flatten(1, 2),
