@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import struct
 import sys
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +14,8 @@ from PIL import Image
 
 from psa_vlm import cli
 from psa_vlm.taxonomy import Taxonomy
+
+from .files import png_by_hand
 
 
 @dataclass
@@ -212,14 +212,7 @@ def test_text_named_png(assess: Psa, tmp_path: Path) -> None:
 
 
 def test_huge_png(assess: Psa, tmp_path: Path) -> None:
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        )
-
-    header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
-    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 64)) + chunk(b"IEND", b"")
-    (tmp_path / "huge.png").write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+    (tmp_path / "huge.png").write_bytes(png_by_hand(30_000, 30_000, 8, 2, bytes(64)))
     one_line(assess(tmp_path / "huge.png", "--text", "Hi"), "huge.png", "pixels")
 
 

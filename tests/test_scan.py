@@ -8,12 +8,10 @@ import io
 import json
 import os
 import signal
-import struct
 import subprocess
 import sys
 import tarfile
 import time
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -38,21 +36,18 @@ from psa_vlm.scan.output import Output
 from psa_vlm.scan.run import Scan, Worker
 from psa_vlm.scan.source import Source, Unit, kind
 
+from .files import encode, png_by_hand
+
 TEXT = "What is this?"
 
 
-def png(colour: str = "red", size: tuple[int, int] = (9, 9)) -> bytes:
-    stream = io.BytesIO()
-    Image.new("RGB", size, colour).save(stream, "PNG")
-    return stream.getvalue()
+def png(colour: str = "red") -> bytes:
+    return encode(Image.new("RGB", (9, 9), colour))
 
 
 def bomb() -> bytes:
     """A PNG of a few bytes whose header promises 3,600,000,000 pixels."""
-    content = bytearray(png())
-    content[16:24] = struct.pack(">II", 60_000, 60_000)
-    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
-    return bytes(content)
+    return png_by_hand(60_000, 60_000, 8, 2, bytes(64))
 
 
 COLOURS = ("red", "green", "blue", "white", "black")

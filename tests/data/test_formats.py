@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import base64
-import csv
-import io
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 
 from psa_vlm.data.formats import FORMATS, find
 from psa_vlm.data.labels import CategoryMap
@@ -20,36 +16,7 @@ from psa_vlm.data.sample import Sample
 from psa_vlm.errors import ConfigError, DataError, ImageError
 from psa_vlm.taxonomy import Taxonomy
 
-
-def png(value: int = 0) -> bytes:
-    stream = io.BytesIO()
-    Image.new("L", (8, 8), value).save(stream, "PNG")
-    return stream.getvalue()
-
-
-def in_base64(value: int = 0) -> str:
-    return base64.b64encode(png(value)).decode()
-
-
-def write(path: Path, rows: Any) -> Path:
-    """A data file of rows, in the way its name asks for."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".json":
-        path.write_text(json.dumps(rows), encoding="utf-8")
-    elif path.suffix == ".jsonl":
-        path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    elif path.suffix == ".parquet":
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        pq.write_table(pa.Table.from_pylist(rows), path)
-    else:
-        with path.open("w", encoding="utf-8", newline="") as file:
-            delimiter = "\t" if path.suffix == ".tsv" else ","
-            writer = csv.DictWriter(file, rows[0], delimiter=delimiter)
-            writer.writeheader()
-            writer.writerows(rows)
-    return path
+from ..files import in_base64, png, write_rows
 
 
 @dataclass
@@ -307,7 +274,7 @@ def folder(case: Case, tmp_path: Path) -> Path:
     if isinstance(case.rows, str):
         (tmp_path / case.file).write_text(case.rows)
     else:
-        write(tmp_path / case.file, case.rows)
+        write_rows(tmp_path / case.file, case.rows)
     for name in case.images:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(png())
@@ -337,7 +304,7 @@ def test_a_row_without_a_key_is_named(case: Case, folder: Path) -> None:
     needed = {"mm-safetybench": "Rephrased Question", "vlsbench": "instruction"}
     lost = needed.get(case.name, lost)
     bad = [{key: value for key, value in row.items() if key != lost} for row in rows]
-    write(folder / case.file, dict(enumerate(bad)) if isinstance(case.rows, dict) else bad)
+    write_rows(folder / case.file, dict(enumerate(bad)) if isinstance(case.rows, dict) else bad)
     with pytest.raises(DataError, match=lost) as caught:
         read(folder / case.file, format=case.name)
     assert str(folder / case.file) in str(caught.value)
@@ -347,7 +314,7 @@ def test_a_row_without_a_key_is_named(case: Case, folder: Path) -> None:
 def test_figstep_as_published(tmp_path: Path) -> None:
     row = {"dataset": "ForbidQI", "category_id": 7, "task_id": 1}
     row |= {"category_name": "Privacy Violation", "question": "q", "instruction": "A list."}
-    write(tmp_path / "data/question/safebench.csv", [row])
+    write_rows(tmp_path / "data/question/safebench.csv", [row])
     image = tmp_path / "data/images/SafeBench/query_ForbidQI_7_1_6.png"
     image.parent.mkdir(parents=True)
     image.write_bytes(png())
@@ -371,7 +338,7 @@ def test_every_scenario_of_a_shipped_map_means_something() -> None:
 
 def vlguard(folder: Path, **changes: Any) -> Path:
     (folder / "a.png").write_bytes(png())
-    return write(folder / "train.json", [VLGUARD[0] | {"image": "a.png"} | changes])
+    return write_rows(folder / "train.json", [VLGUARD[0] | {"image": "a.png"} | changes])
 
 
 def test_an_unmapped_category_names_itself_and_the_file_to_edit(tmp_path: Path) -> None:
@@ -439,7 +406,7 @@ def test_scan_goes_on_behind_a_bad_row(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["not base64!", "", base64.b64encode(b"no image").decode()])
 def test_a_broken_image_inside_a_file_is_named(tmp_path: Path, content: str) -> None:
     row = {"image": content, "question": "Two?", "answer": "Yes", "category": "count"}
-    path = write(tmp_path / "MME.tsv", [row])
+    path = write_rows(tmp_path / "MME.tsv", [row])
     with pytest.raises(ImageError, match=r"MME\.tsv:2: 'image' holds no image that can be read"):
         read(path)
 
@@ -453,7 +420,7 @@ def test_a_damaged_file_is_one_line(tmp_path: Path, suffix: str) -> None:
 
 
 def test_an_unknown_layout_says_what_it_has_and_what_is_known(tmp_path: Path) -> None:
-    path = write(tmp_path / "data.json", [{"picture": "a.png", "words": "Hi"}])
+    path = write_rows(tmp_path / "data.json", [{"picture": "a.png", "words": "Hi"}])
     with pytest.raises(DataError, match=r"\[0\]: no known layout has these keys: picture, words"):
         read(path)
     with pytest.raises(DataError, match=r"format 'nonsense' is unknown; known: .*vlguard"):
@@ -462,7 +429,8 @@ def test_an_unknown_layout_says_what_it_has_and_what_is_known(tmp_path: Path) ->
 
 def test_a_folder_of_several_layouts_is_not_guessed(tmp_path: Path) -> None:
     vlguard(tmp_path)
-    write(tmp_path / "pope.jsonl", [{"question_id": 1, "image": "a", "text": "t", "label": "no"}])
+    row = {"question_id": 1, "image": "a", "text": "t", "label": "no"}
+    write_rows(tmp_path / "pope.jsonl", [row])
     with pytest.raises(DataError, match=r"several layouts: .*vlguard \(train\.json\)"):
         read(tmp_path)
     (tmp_path / "empty").mkdir()

@@ -2,45 +2,19 @@
 
 from __future__ import annotations
 
-import base64
-import csv
-import io
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 
 from psa_vlm.errors import DataError
 from psa_vlm.evaluation.judges import rubric_named
 from psa_vlm.evaluation.tasks import BENCHMARKS, benchmark_named
 from psa_vlm.evaluation.tasks.base import Wanted
 
-
-def png(value: int = 0) -> bytes:
-    stream = io.BytesIO()
-    Image.new("L", (8, 8), value).save(stream, "PNG")
-    return stream.getvalue()
-
-
-def in_base64(value: int = 0) -> str:
-    return base64.b64encode(png(value)).decode()
-
-
-def write(path: Path, rows: Any) -> None:
-    """A data file of rows, in the way its name asks for."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".json":
-        path.write_text(json.dumps(rows), encoding="utf-8")
-    elif path.suffix == ".jsonl":
-        path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    else:
-        with path.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, rows[0], delimiter="\t" if path.suffix == ".tsv" else ",")
-            writer.writeheader()
-            writer.writerows(rows)
+from ..files import in_base64, png, write_rows
 
 
 @dataclass
@@ -243,7 +217,7 @@ CASES = [
 def case(request: pytest.FixtureRequest, tmp_path: Path) -> Case:
     found: Case = request.param
     for name, rows in found.files.items():
-        write(tmp_path / name, rows)
+        write_rows(tmp_path / name, rows)
     for name in found.images:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(png())
@@ -283,7 +257,7 @@ def test_what_is_missing_is_named_with_where_to_ask(case: Case, tmp_path: Path) 
 def test_figstep_as_published(tmp_path: Path) -> None:
     row = {"dataset": "ForbidQI", "category_id": 7, "task_id": 1}
     row |= {"category_name": "Privacy Violation", "question": "q", "instruction": "A list."}
-    write(tmp_path / "data/question/safebench.csv", [row])
+    write_rows(tmp_path / "data/question/safebench.csv", [row])
     with pytest.raises(DataError, match=r"holds no data/images/SafeBench\*"):
         benchmark_named("figstep").read(tmp_path)
     image = tmp_path / "data/images/SafeBench/query_ForbidQI_7_1_6.png"
@@ -314,14 +288,14 @@ def test_pope_as_published(tmp_path: Path) -> None:
 def test_questions_about_one_image_are_known_to_be_so(tmp_path: Path) -> None:
     row = {"answer": "Yes", "category": "count", "question": "Two?"}
     rows = [row | {"index": i, "image": in_base64(v)} for i, v in enumerate((1, 1, 2))]
-    write(tmp_path / "MME.tsv", rows)
+    write_rows(tmp_path / "MME.tsv", rows)
     found = [one.metadata["picture"] for one in benchmark_named("mme").read(tmp_path)]  # type: ignore[index]
     assert found[0] == found[1] != found[2]
 
 
 def test_a_rubric_that_is_missing_is_known_before_anything_runs(tmp_path: Path) -> None:
     row = {"pid": 1, "question": "May I?", "image_path": "1.png", "description": "d"}
-    write(tmp_path / "information.csv", [row])
+    write_rows(tmp_path / "information.csv", [row])
     (tmp_path / "1.png").write_bytes(png())
     own = replace(BENCHMARKS["mossbench"], wanted=lambda _: Wanted("rating", "g", "weather"))
     with pytest.raises(DataError, match="no rubric for 'weather'"):

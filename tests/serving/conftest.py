@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import os
 import pwd
 import re
@@ -25,17 +24,16 @@ from sqlalchemy import create_engine
 
 from psa_vlm.inference import PsaVlm
 
+from ..files import encode
+
 
 def encoded(colour: str = "red", size: tuple[int, int] = (32, 32), frames: int = 1) -> bytes:
     """A PNG of one colour, or a GIF of several frames."""
-    stream = io.BytesIO()
-    pictures = [Image.new("RGB", size, colour)]
-    pictures += [Image.new("RGB", size, (0, 0, 9 * i)) for i in range(1, frames)]
+    first = Image.new("RGB", size, colour)
     if frames == 1:
-        pictures[0].save(stream, "PNG")
-    else:
-        pictures[0].save(stream, "GIF", save_all=True, append_images=pictures[1:])
-    return stream.getvalue()
+        return encode(first)
+    rest = [Image.new("RGB", size, (0, 0, 9 * i)) for i in range(1, frames)]
+    return encode(first, "GIF", save_all=True, append_images=rest)
 
 
 def data_url(data: bytes) -> str:

@@ -25,8 +25,9 @@ from psa_vlm.serving.in_process import InProcess
 from psa_vlm.serving.service import Model, Service
 from psa_vlm.taxonomy import Taxonomy
 
+from ..files import encode, png_by_hand
 from .conftest import data_url, image
-from .malformed import encoded, malformed, png
+from .malformed import malformed
 
 CHAT = "/v1/chat/completions"
 MODERATIONS = "/v1/moderations"
@@ -117,7 +118,7 @@ def sixteen_bit(colour: int, channels: int) -> tuple[bytes, np.ndarray]:
     """A PNG of 16 bits, and its 8 upper ones [H, W, channels]."""
     values = np.random.default_rng(0).integers(0, 65536, (9, 7, channels), dtype=np.uint16)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
-    return png(7, 9, 16, colour, rows), (values >> 8).astype(np.uint8)
+    return png_by_hand(7, 9, 16, colour, rows), (values >> 8).astype(np.uint8)
 
 
 def grey_of_16_bits() -> tuple[bytes, np.ndarray]:
@@ -147,21 +148,21 @@ def inks() -> tuple[bytes, np.ndarray]:
         colours[8 * index : 8 * index + 8, :, index] = 200
     colours[:, 16:] += 50
     shown = 255 * (1 - colours[..., :3] / 255) * (1 - colours[..., 3:] / 255)
-    return encoded(Image.fromarray(colours, "CMYK"), "JPEG", quality=100, subsampling=0), shown
+    return encode(Image.fromarray(colours, "CMYK"), "JPEG", quality=100, subsampling=0), shown
 
 
 def hidden_by_alpha() -> tuple[bytes, np.ndarray]:
     """Its colours are a picture, and all of it is transparent: there is nothing to see."""
     colours = np.asarray(PICTURE)
     hidden = np.dstack([colours, np.zeros(colours.shape[:2], dtype=np.uint8)])
-    return encoded(Image.fromarray(hidden), "PNG"), np.full_like(colours, 255)
+    return encode(Image.fromarray(hidden), "PNG"), np.full_like(colours, 255)
 
 
 def drawn_in_alpha() -> tuple[bytes, np.ndarray]:
     """Its colours are plain black, and the picture is in what is transparent."""
     alpha = np.asarray(PICTURE.convert("L"))
     black = np.zeros((*alpha.shape, 3), dtype=np.uint8)
-    return encoded(Image.fromarray(np.dstack([black, alpha])), "PNG"), on_white(black, alpha)
+    return encode(Image.fromarray(np.dstack([black, alpha])), "PNG"), on_white(black, alpha)
 
 
 def transparent_colour_of_a_palette() -> tuple[bytes, np.ndarray]:
@@ -170,7 +171,7 @@ def transparent_colour_of_a_palette() -> tuple[bytes, np.ndarray]:
     image.paste(1, (0, 0, 4, 8))
     shown = np.full((8, 8, 3), (255, 0, 0))
     shown[:, :4] = 255
-    return encoded(image, "PNG", transparency=1), shown
+    return encode(image, "PNG", transparency=1), shown
 
 
 def turned(orientation: int) -> Callable[[], tuple[bytes, np.ndarray]]:
@@ -179,7 +180,7 @@ def turned(orientation: int) -> Callable[[], tuple[bytes, np.ndarray]]:
         stored = STORED[orientation](upright)
         exif = Image.Exif()
         exif[0x0112] = orientation
-        return encoded(Image.fromarray(stored), "PNG", exif=exif), upright
+        return encode(Image.fromarray(stored), "PNG", exif=exif), upright
 
     return make
 
@@ -252,7 +253,7 @@ def test_a_frame_on_another_is_assessed_as_it_is_shown(model: PsaVlm) -> None:
 
     first, second = PICTURE.copy(), PICTURE.copy()
     second.paste("black", (10, 2, 14, 6))
-    data = encoded(first, "GIF", save_all=True, append_images=[second], optimize=True)
+    data = encode(first, "GIF", save_all=True, append_images=[second], optimize=True)
     (picture,) = open_urls([data_url(data)], Limits())
     assert [one.size for one in picture.frames] == [(24, 16)] * 2
     assert picture.frames[1].getpixel((11, 3)) == (0, 0, 0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +24,7 @@ from psa_vlm.serving.upstream import Upstream
 from psa_vlm.testbed.cases import evaluation_samples
 from psa_vlm.testbed.premise import base_path
 
+from ..files import encode
 from .conftest import data_url, image
 
 CHAT = "/v1/chat/completions"
@@ -75,9 +75,7 @@ def ask(model: PsaVlm, engine: tuple[str, str], tmp_path: Path) -> Iterator[Any]
 def scene() -> tuple[str, str]:
     """A picture of the testbed as a data URL, and a question about it."""
     (sample,) = evaluation_samples("style", "harmless", 1, 0)
-    stream = io.BytesIO()
-    sample.images[0].save(stream, "PNG")  # type: ignore[union-attr]
-    return data_url(stream.getvalue()), sample.question
+    return data_url(encode(sample.images[0])), sample.question  # type: ignore[arg-type]
 
 
 def conversation() -> dict[str, Any]:
