@@ -4,45 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from psa_vlm import cli
 from psa_vlm.taxonomy import Taxonomy
 
+from .conftest import Outcome, Psa
 from .files import png_by_hand
-
-
-@dataclass
-class Outcome:
-    code: int
-    out: str
-    err: str
-
-
-Psa = Callable[..., Outcome]
-
-
-@pytest.fixture()
-def psa(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Psa:
-    """Run `psa-vlm` in this process."""
-
-    def run(*arguments: object) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["psa-vlm", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        caught = capsys.readouterr()
-        return Outcome(code, caught.out, caught.err)
-
-    return run
 
 
 @pytest.fixture()

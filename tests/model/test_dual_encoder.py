@@ -17,13 +17,14 @@ from psa_vlm.data.sample import Sample, Turn
 from psa_vlm.errors import CheckpointError, ConfigError, InputError, NoLanguageModel
 from psa_vlm.inference import PsaVlm
 from psa_vlm.model.backbone import Backbone
-from psa_vlm.model.bottleneck import BottleneckConfig, SafetyBottleneck
 from psa_vlm.model.dual_encoder import WINDOWS
 from psa_vlm.model.families import ENCODERS
 from psa_vlm.model.tokens import add_safety_tokens
 from psa_vlm.training.config import ConceptsConfig, Stage1Config, Stage2Config, TokensConfig
 from psa_vlm.training.stage1 import run_stage1
 from psa_vlm.training.stage2 import run_stage2
+
+from ..tiny import random_bottleneck
 
 KINDS = {"clip": "CLIP", "siglip": "Siglip"}
 SIZES = ((64, 40), (40, 72), (50, 50))
@@ -43,14 +44,6 @@ def folder(request: pytest.FixtureRequest, make_dual_encoder: Callable[[str], Pa
 @pytest.fixture(scope="module")
 def backbone(folder: Path) -> Backbone:
     return Backbone.from_pretrained(folder)
-
-
-def small_model(backbone: Backbone) -> PsaVlm:
-    sizes = {"hidden": 16, "tokens": 4, "heads": 4, "depth": 1}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        config = BottleneckConfig(backbone.vision_width, backbone.text_width, **sizes)
-        return PsaVlm(backbone, SafetyBottleneck(config))
 
 
 # --- what it reads -------------------------------------------------------------------------------
@@ -127,7 +120,7 @@ def test_marks_in_a_text_are_letters(backbone: Backbone) -> None:
 
 
 def test_a_batch_is_assessed_as_each_alone(backbone: Backbone) -> None:
-    model = small_model(backbone)
+    model = PsaVlm(backbone, random_bottleneck(backbone))
     images = [[picture(0)], [picture(1), picture(2)], [picture(3)]]
     texts = ["What?", "A text longer than one window is", "Is it?"]
     for one, text, verdict in zip(images, texts, model.assess_batch(images, texts), strict=True):
@@ -138,7 +131,7 @@ def test_a_batch_is_assessed_as_each_alone(backbone: Backbone) -> None:
 
 
 def test_the_question_and_the_image_matter(backbone: Backbone) -> None:
-    model = small_model(backbone)
+    model = PsaVlm(backbone, random_bottleneck(backbone))
     verdicts = model.assess_batch([picture(0), picture(0), picture(1)], ["What?", "Why", "What?"])
     assert len({str(one.images[0].type_probs) for one in verdicts}) == 3
 

@@ -18,7 +18,6 @@ from PIL import Image
 from psa_vlm.data.sample import Sample, Turn
 from psa_vlm.inference import PsaVlm
 from psa_vlm.model.backbone import Backbone
-from psa_vlm.model.bottleneck import BottleneckConfig, SafetyBottleneck
 from psa_vlm.model.families import SPECS
 from psa_vlm.model.tokens import add_safety_tokens, role_marks
 from psa_vlm.training.config import (
@@ -30,6 +29,8 @@ from psa_vlm.training.config import (
 )
 from psa_vlm.training.stage1 import run_stage1
 from psa_vlm.training.stage2 import run_stage2
+
+from ..tiny import random_bottleneck
 
 SIZES = ((64, 40), (40, 72), (50, 50))
 """Width and height: wide, tall and square."""
@@ -47,11 +48,6 @@ def picture(seed: int) -> Image.Image:
 
 def asked(*texts: str) -> list[list[Turn]]:
     return [[Turn("user", text)] for text in texts]
-
-
-def small_bottleneck(backbone: Backbone) -> SafetyBottleneck:
-    sizes = {"hidden": 16, "tokens": 4, "heads": 4, "depth": 1}
-    return SafetyBottleneck(BottleneckConfig(backbone.vision_width, backbone.text_width, **sizes))
 
 
 @pytest.fixture(scope="module")
@@ -216,9 +212,7 @@ def test_features_lie_as_the_image_does(backbone: Backbone, size: tuple[int, int
 
 
 def test_images_of_any_size_are_assessed_together(backbone: Backbone) -> None:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = PsaVlm(backbone, small_bottleneck(backbone))
+    model = PsaVlm(backbone, random_bottleneck(backbone))
     images, texts = [picture(i) for i in range(4)], ["What?", "What is it?", "?", "Is it?"]
     together = model.assess_batch(images, texts)
     for image, text, verdict in zip(images, texts, together, strict=True):
@@ -319,9 +313,7 @@ def run(
     """A run of each family with a LoRA, all of it random."""
     backbone = Backbone.from_pretrained(family_dir)
     add_safety_tokens(backbone, 3)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        bottleneck = small_bottleneck(backbone)
+    bottleneck = random_bottleneck(backbone)
     folder = tmp_path_factory.mktemp("runs") / "run"
     PsaVlm(backbone, bottleneck, adapter=random_lora(backbone)).save_pretrained(folder)
     return folder

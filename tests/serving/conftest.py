@@ -51,11 +51,6 @@ def make_url() -> Any:
     return lambda *args, **named: data_url(encoded(*args, **named))
 
 
-@pytest.fixture(scope="module")
-def model(run_dir: Path) -> PsaVlm:
-    return PsaVlm.from_pretrained(run_dir)
-
-
 @pytest.fixture()
 def live() -> Iterator[Callable[[Any], str]]:
     """Serves an ASGI app at a port of its own, and gives its address."""

@@ -63,20 +63,6 @@ def audit(tmp_path: Path) -> Iterator[Audit]:
     log.close()
 
 
-@pytest.fixture()
-def prompts(model: PsaVlm, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What the language model is asked."""
-    seen: list[str] = []
-    write = model.backbone.write
-
-    def noted(inputs: Any, *told: Any) -> Any:
-        seen.append(model.backbone.tokenizer.decode(inputs["input_ids"][0]))
-        return write(inputs, *told)
-
-    monkeypatch.setattr(model.backbone, "write", noted)
-    return seen
-
-
 @pytest.mark.parametrize(("name", "type", "level", "action", "rule", "words"), SHIPPED + KINDS)
 def test_from_an_image_to_words_and_record(
     model: PsaVlm,

@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from fastapi.testclient import TestClient
 
 from psa_vlm.inference import PsaVlm
 from psa_vlm.model.backbone import Backbone
-from psa_vlm.model.bottleneck import BottleneckConfig, SafetyBottleneck
 from psa_vlm.model.tokens import add_safety_tokens
 from psa_vlm.policy.policy import Policy
 from psa_vlm.serving.app import create_app
@@ -25,6 +23,7 @@ from psa_vlm.testbed.cases import evaluation_samples
 from psa_vlm.testbed.premise import base_path
 
 from ..files import encode
+from ..tiny import random_bottleneck
 from .conftest import data_url, image
 
 CHAT = "/v1/chat/completions"
@@ -36,11 +35,7 @@ def model() -> PsaVlm:
     """The testbed's base model with a bottleneck of random weights: what it says has meaning."""
     backbone = Backbone.from_pretrained(base_path())
     add_safety_tokens(backbone, 4)
-    widths = backbone.vision_width, backbone.text_width
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        config = BottleneckConfig(*widths, hidden=16, tokens=4, heads=4, depth=1)
-        return PsaVlm(backbone, SafetyBottleneck(config))
+    return PsaVlm(backbone, random_bottleneck(backbone))
 
 
 @pytest.fixture(scope="module")
