@@ -19,10 +19,16 @@ from typing import Any
 
 import pytest
 import uvicorn
+from fastapi.testclient import TestClient
 from PIL import Image
 from sqlalchemy import create_engine
 
 from psa_vlm.inference import PsaVlm
+from psa_vlm.policy.policy import Policy
+from psa_vlm.serving.app import create_app
+from psa_vlm.serving.audit import Audit
+from psa_vlm.serving.in_process import InProcess
+from psa_vlm.serving.service import Model, Service
 
 from ..files import encode
 
@@ -45,10 +51,45 @@ def image(url: str) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": url}}
 
 
+CHAT = "/v1/chat/completions"
+
+
+def chat(*urls: str, text: str = "What is this?", **changes: Any) -> dict[str, Any]:
+    """The body of a request to `CHAT` about images."""
+    content = [*map(image, urls), {"type": "text", "text": text}]
+    body = {"model": "tiny", "messages": [{"role": "user", "content": content}], "max_tokens": 4}
+    return body | changes
+
+
 @pytest.fixture(scope="session")
 def make_url() -> Any:
     """Makes the data URL of an image: colour, size, frames."""
     return lambda *args, **named: data_url(encoded(*args, **named))
+
+
+@pytest.fixture()
+def audit(tmp_path: Path) -> Iterator[Audit]:
+    log = Audit(f"sqlite:///{tmp_path / 'audit.db'}")
+    yield log
+    log.close()
+
+
+MakeService = Callable[..., Service]
+
+
+@pytest.fixture()
+def make_service(model: PsaVlm, audit: Audit) -> MakeService:
+    """Makes a service of a policy, and of what else it takes; the tiny model is its engine."""
+
+    def make(policy: Policy, engine: Any = None, **parts: Any) -> Service:
+        engine = engine or InProcess(model, wait=0)
+        return Service(engine, Model("tiny", "f" * 16), policy, audit, **parts)
+
+    return make
+
+
+def client_of(service: Service, **options: Any) -> TestClient:
+    return TestClient(create_app(service), "http://localhost", **options)
 
 
 @pytest.fixture()

@@ -6,14 +6,12 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import httpx2
 import numpy as np
 import pytest
 from PIL import Image
-from starlette.testclient import TestClient
 
 from psa_vlm.inference import PsaVlm
 from psa_vlm.model.verdict import ImageVerdict, Verdict
@@ -21,15 +19,13 @@ from psa_vlm.policy.policy import Policy
 from psa_vlm.serving.app import create_app
 from psa_vlm.serving.audit import Audit, Entry
 from psa_vlm.serving.engine import Answer, Ask, Assessed, End, Usage
-from psa_vlm.serving.in_process import InProcess
 from psa_vlm.serving.service import Model, Service
 from psa_vlm.taxonomy import Taxonomy
 
 from ..files import encode, png_by_hand
-from .conftest import data_url, image
+from .conftest import CHAT, MakeService, chat, client_of, data_url
 from .malformed import malformed
 
-CHAT = "/v1/chat/completions"
 MODERATIONS = "/v1/moderations"
 COUNT = 1000
 WORDS = Taxonomy.default()
@@ -72,10 +68,8 @@ class Kept:
 
 
 def asked(path: str, url: str, text: str = "What is this?") -> dict[str, Any]:
-    content = [image(url), {"type": "text", "text": text}]
-    if path == MODERATIONS:
-        return {"input": content}
-    return {"model": "tiny", "messages": [{"role": "user", "content": content}], "max_tokens": 2}
+    body = chat(url, text=text, max_tokens=2)
+    return {"input": body["messages"][0]["content"]} if path == MODERATIONS else body
 
 
 @pytest.mark.parametrize("path", [CHAT, MODERATIONS])
@@ -215,8 +209,8 @@ MADE = [
 @pytest.mark.parametrize("make", MADE)
 def test_what_is_assessed_is_the_picture_that_the_model_sees(
     model: PsaVlm,
+    make_service: MakeService,
     monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
     make: Callable[[], tuple[bytes, np.ndarray]],
 ) -> None:
     """One encoding serves verdict and answer, and what is encoded is the reference's picture."""
@@ -229,12 +223,10 @@ def test_what_is_assessed_is_the_picture_that_the_model_sees(
         return encode(images, counts)
 
     monkeypatch.setattr(model.backbone, "encode", seen)
-    audit = Audit(f"sqlite:///{tmp_path / 'audit.db'}")
     allow = Policy.from_text(
         'name: all\ninherits: default\nrules: {"*": {low: allow, medium: allow, high: allow}}\n'
     )
-    service = Service(InProcess(model, wait=0), Model("tiny", "f"), allow, audit)
-    with TestClient(create_app(service), "http://localhost") as client:
+    with client_of(make_service(allow)) as client:
         for path in (CHAT, MODERATIONS):
             shown.clear()
             reply = client.post(path, json=asked(path, data_url(data)))

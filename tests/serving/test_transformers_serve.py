@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-from fastapi.testclient import TestClient
 
 from psa_vlm.inference import PsaVlm
 from psa_vlm.model.backbone import Backbone
 from psa_vlm.model.tokens import add_safety_tokens
 from psa_vlm.policy.policy import Policy
-from psa_vlm.serving.app import create_app
 from psa_vlm.serving.audit import Audit
 from psa_vlm.serving.in_process import InProcess
 from psa_vlm.serving.service import Model, Service
@@ -24,9 +21,8 @@ from psa_vlm.testbed.premise import base_path
 
 from ..files import encode
 from ..tiny import random_bottleneck
-from .conftest import data_url, image
+from .conftest import CHAT, client_of, data_url, image
 
-CHAT = "/v1/chat/completions"
 POLICY = Policy.from_text('name: house\ninherits: default\nrules: {"*": {high: refuse}}\n')
 
 
@@ -50,21 +46,19 @@ def engine(
 
 
 @pytest.fixture()
-def ask(model: PsaVlm, engine: tuple[str, str], tmp_path: Path) -> Iterator[Any]:
+def ask(model: PsaVlm, engine: tuple[str, str], audit: Audit) -> Any:
     """Asks the gateway, or the model in this process: the whole reply, or its streamed words."""
-    audit = Audit(f"sqlite:///{tmp_path / 'audit.db'}")
 
     def send(body: dict[str, Any], here: bool = False) -> Any:
         local = InProcess(model, wait=0)
         chosen = local if here else Upstream(local, *engine)
         service = Service(chosen, Model("testbed", "f"), POLICY, audit)
-        with TestClient(create_app(service), "http://localhost") as client:
+        with client_of(service) as client:
             reply = client.post(CHAT, json={"model": "testbed", "max_tokens": 12, **body})
         assert reply.status_code == 200, reply.text
         return reply
 
-    yield send
-    audit.close()
+    return send
 
 
 def scene() -> tuple[str, str]:
