@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -25,15 +24,9 @@ from psa_vlm.training.stage1 import run_stage1
 from psa_vlm.training.stage2 import run_stage2
 
 from ..tiny import random_bottleneck
+from .conftest import picture
 
 KINDS = {"clip": "CLIP", "siglip": "Siglip"}
-SIZES = ((64, 40), (40, 72), (50, 50))
-
-
-def picture(seed: int) -> Image.Image:
-    width, height = SIZES[seed % len(SIZES)]
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
 
 
 @pytest.fixture(scope="module", params=list(ENCODERS))

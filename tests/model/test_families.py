@@ -31,23 +31,12 @@ from psa_vlm.training.stage1 import run_stage1
 from psa_vlm.training.stage2 import run_stage2
 
 from ..tiny import random_bottleneck
+from .conftest import SIZES, asked, picture
 
-SIZES = ((64, 40), (40, 72), (50, 50))
-"""Width and height: wide, tall and square."""
 WANTED = {*("input_ids", "attention_mask", "qformer_input_ids", "qformer_attention_mask")}.union(
     *((*spec.image_inputs, *spec.token_types) for spec in SPECS.values())
 )
 """What of a processor's output goes to a model."""
-
-
-def picture(seed: int) -> Image.Image:
-    width, height = SIZES[seed % len(SIZES)]
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
-def asked(*texts: str) -> list[list[Turn]]:
-    return [[Turn("user", text)] for text in texts]
 
 
 @pytest.fixture(scope="module")
