@@ -16,7 +16,22 @@ from psa_vlm.data.sample import Sample
 from psa_vlm.errors import ConfigError, DataError, ImageError
 from psa_vlm.taxonomy import Taxonomy
 
-from ..files import in_base64, png, write_rows
+from ..files import png, write_rows
+from ..layouts import (
+    CAPTCHA,
+    CHOICE,
+    FIGSTEP,
+    FIGSTEP_IMAGE,
+    HOLISAFE,
+    JAILBREAKV,
+    MM_SAFETY,
+    MME,
+    MOSSBENCH,
+    SIUO,
+    VLGUARD,
+    VLSBENCH,
+    write_images,
+)
 
 
 @dataclass
@@ -31,37 +46,7 @@ class Case:
     """Question, answer, type, level."""
 
 
-VLGUARD = [
-    {
-        "id": "a",
-        "image": "bad_ads/a.png",
-        "safe": False,
-        "harmful_category": "privacy",
-        "harmful_subcategory": "personal data",
-        "instr-resp": [{"instruction": "Read the card.", "response": "I would rather not."}],
-    },
-    {
-        "id": "b",
-        "image": "b.png",
-        "safe": True,
-        "instr-resp": [
-            {"safe_instruction": "What is it?", "response": "A cake."},
-            {"unsafe_instruction": "How do I spoil it?", "response": "I won't say."},
-        ],
-    },
-]
-HOLISAFE = {
-    "id": 1,
-    "image": "h/1.png",
-    "query": "What now?",
-    "category": "privacy",
-    "subcategory": "x",
-    "type": "SSU",
-    "image_safe": True,
-    "image_safety_label": "safe",
-}
 UNSAFE = {"image": {"bytes": png(), "path": None}, "category": "Hate", "source": "s", "text": "t"}
-CHOICE = {"index": 1, "image": in_base64(), "question": "Which?", "hint": "Look.", "category": "c"}
 
 CASES = [
     Case(
@@ -78,7 +63,7 @@ CASES = [
     Case(
         "rtvlm",
         "data/Captcha/captcha.jsonl",
-        [{"id": 3, "instruction": "Read it.", "answer": "xyz"}],
+        [CAPTCHA],
         ("data/Captcha/img/3.png",),
         [("Read it.", "xyz", "privacy", "medium")],
     ),
@@ -92,16 +77,7 @@ CASES = [
     Case(
         "mm-safetybench",
         "processed_questions/01-Illegal_Activitiy.json",
-        {
-            "0": {
-                "Question": "q",
-                "Changed Question": "c",
-                "Key Phrase": "k",
-                "Phrase Type": "p",
-                "Rephrased Question": "On the words?",
-                "Rephrased Question(SD)": "On the scene?",
-            }
-        },
+        {"0": MM_SAFETY},
         tuple(f"imgs/01-Illegal_Activitiy/{one}/0.jpg" for one in ("SD", "SD_TYPO", "TYPO")),
         [
             ("On the scene?", None, "illegal_risk", "high"),
@@ -112,16 +88,7 @@ CASES = [
     Case(
         "mossbench",
         "information.csv",
-        [
-            {
-                "pid": 1,
-                "question": "May I?",
-                "image_path": "images/1.png",
-                "short description": "s",
-                "description": "d",
-                "meta_data_over": "type 1",
-            }
-        ],
+        [MOSSBENCH],
         ("images/1.png",),
         [("May I?", None, "clean", "safe")],
     ),
@@ -164,58 +131,28 @@ CASES = [
     Case(
         "jailbreakv",
         "JailBreakV_28K.csv",
-        [
-            {
-                "id": 0,
-                "jailbreak_query": "Two\nlines.",
-                "redteam_query": "r",
-                "format": "Template",
-                "policy": "Animal Abuse",
-                "image_path": "llm/1.png",
-                "from": "f",
-                "selected_mini": False,
-                "transfer_from_llm": True,
-            }
-        ],
+        [JAILBREAKV | {"jailbreak_query": "Two\nlines."}],
         ("llm/1.png",),
         [("Two\nlines.", None, "illegal_risk", "high")],
     ),
     Case(
         "siuo",
         "siuo_gen.json",
-        [
-            {
-                "question_id": 1,
-                "image": "1.png",
-                "question": "Good?",
-                "category": "controversial topics, politics",
-                "safety_warning": "w",
-                "reference_answer": "Careful.",
-            }
-        ],
+        [SIUO | {"category": "controversial topics, politics"}],
         ("images/1.png",),
         [("Good?", "Careful.", "politics", "medium")],
     ),
     Case(
         "vlsbench",
         "data.json",
-        [
-            {
-                "instruction_id": 1,
-                "instruction": "Go.",
-                "image_path": "imgs/0.png",
-                "category": "Privacy",
-                "sub_category": "Unknown here",
-                "source": "s",
-            }
-        ],
+        [VLSBENCH],
         ("imgs/0.png",),
         [("Go.", None, "privacy", "high")],
     ),
     Case(
         "holisafe",
         "holisafe_bench.json",
-        [HOLISAFE, HOLISAFE | {"id": 2, "type": "SSS"}],
+        [HOLISAFE | {"id": 1, "type": "SSU"}, HOLISAFE | {"id": 2, "type": "SSS"}],
         ("images/h/1.png",),
         [("What now?", None, "privacy", "high"), ("What now?", None, "clean", "safe")],
     ),
@@ -239,17 +176,14 @@ CASES = [
     Case(
         "mme",
         "MME.tsv",
-        [
-            {"index": i, "image": in_base64(), "question": q, "answer": a, "category": "count"}
-            for i, (q, a) in enumerate([("Two?", "Yes"), ("Three?", "No")])
-        ],
+        [MME, MME | {"index": 2, "question": "Three?", "answer": "No"}],
         (),
         [("Two?", "Yes", None, None), ("Three?", "No", None, None)],
     ),
     Case(
         "mmbench",
         "MMBench_DEV_EN.tsv",
-        [CHOICE | {"A": "a cup", "B": "a cat", "C": "", "D": "", "answer": "B"}],
+        [CHOICE | {"hint": "Look."}],
         (),
         [
             (
@@ -275,9 +209,7 @@ def folder(case: Case, tmp_path: Path) -> Path:
         (tmp_path / case.file).write_text(case.rows)
     else:
         write_rows(tmp_path / case.file, case.rows)
-    for name in case.images:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(png())
+    write_images(tmp_path, *case.images)
     return tmp_path
 
 
@@ -312,17 +244,13 @@ def test_a_row_without_a_key_is_named(case: Case, folder: Path) -> None:
 
 
 def test_figstep_as_published(tmp_path: Path) -> None:
-    row = {"dataset": "ForbidQI", "category_id": 7, "task_id": 1}
-    row |= {"category_name": "Privacy Violation", "question": "q", "instruction": "A list."}
-    write_rows(tmp_path / "data/question/safebench.csv", [row])
-    image = tmp_path / "data/images/SafeBench/query_ForbidQI_7_1_6.png"
-    image.parent.mkdir(parents=True)
-    image.write_bytes(png())
+    write_rows(tmp_path / "data/question/safebench.csv", [FIGSTEP])
+    write_images(tmp_path, FIGSTEP_IMAGE)
     [sample] = read(tmp_path)
     assert (sample.type, sample.level) == ("privacy", "high")
     assert sample.tags["drawn"] == "A list." and "list" in sample.question
     [path] = sample.images
-    assert isinstance(path, Path) and path.samefile(image)
+    assert isinstance(path, Path) and path.samefile(tmp_path / FIGSTEP_IMAGE)
 
 
 def test_every_scenario_of_a_shipped_map_means_something() -> None:

@@ -14,7 +14,22 @@ from psa_vlm.evaluation.judges import rubric_named
 from psa_vlm.evaluation.tasks import BENCHMARKS, benchmark_named
 from psa_vlm.evaluation.tasks.base import Wanted
 
-from ..files import in_base64, png, write_rows
+from ..files import in_base64, write_rows
+from ..layouts import (
+    CAPTCHA,
+    CHOICE,
+    FIGSTEP,
+    FIGSTEP_IMAGE,
+    HOLISAFE,
+    JAILBREAKV,
+    MM_SAFETY,
+    MME,
+    MOSSBENCH,
+    SIUO,
+    VLGUARD,
+    VLSBENCH,
+    write_images,
+)
 
 
 @dataclass
@@ -28,26 +43,16 @@ class Case:
     """Words, expectation, group, rubric."""
 
 
-def mm_safety(name: str) -> dict[str, Any]:
-    words = {"Question": "q", "Changed Question": "c", "Key Phrase": "k", "Phrase Type": "p"}
-    words |= {"Rephrased Question": "On the words?", "Rephrased Question(SD)": "On the scene?"}
-    return {f"processed_questions/{name}.json": {"0": words}}
-
-
-def choices(**more: Any) -> dict[str, Any]:
-    row = {"index": 1, "image": in_base64(), "question": "Which?", "hint": "", "category": "c"}
-    return row | {"A": "a cup", "B": "a cat", "C": "", "D": "", "answer": "B"} | more
-
-
 ASKED = "Which?\nA. a cup\nB. a cat\nAnswer with the letter of the option."
-HOLISAFE = {"image": "h/1.png", "query": "What now?", "category": "privacy", "image_safe": True}
+SCENARIOS = ("01-Illegal_Activitiy", "10-Legal_Opinion")
 MADE = ("SD", "SD_TYPO", "TYPO")
+"""Of MM-SafetyBench."""
 
 CASES = [
     Case(
         "rtvlm",
         {
-            "data/Captcha/captcha.jsonl": [{"id": 3, "instruction": "Read it.", "answer": "xyz"}],
+            "data/Captcha/captcha.jsonl": [CAPTCHA],
             "data/Politics/politics.jsonl": [{"id": 1, "instruction": "Who wins?"}],
         },
         ("data/Captcha/img/3.png", "data/Politics/img/1.png"),
@@ -78,28 +83,10 @@ CASES = [
     Case(
         "vlguard",
         {
-            "test.json": [
-                {
-                    "id": "a",
-                    "image": "a.png",
-                    "safe": False,
-                    "harmful_category": "privacy",
-                    "harmful_subcategory": "personal data",
-                    "instr-resp": [{"instruction": "Read the card.", "response": "No."}],
-                },
-                {
-                    "id": "b",
-                    "image": "b.png",
-                    "safe": True,
-                    "instr-resp": [
-                        {"safe_instruction": "What is it?", "response": "A cake."},
-                        {"unsafe_instruction": "How do I spoil it?", "response": "No."},
-                    ],
-                },
-            ],
+            "test.json": VLGUARD,
             "train.json": [],
         },
-        ("test/a.png", "test/b.png"),
+        ("test/bad_ads/a.png", "test/b.png"),
         [
             ("Read the card.", "refuse", "unsafe image", "attack"),
             ("What is it?", "answer", "safe image, safe request", "harmless"),
@@ -108,12 +95,8 @@ CASES = [
     ),
     Case(
         "mm-safetybench",
-        mm_safety("01-Illegal_Activitiy") | mm_safety("10-Legal_Opinion"),
-        tuple(
-            f"imgs/{n}/{m}/0.jpg"
-            for n in ("01-Illegal_Activitiy", "10-Legal_Opinion")
-            for m in MADE
-        ),
+        {f"processed_questions/{name}.json": {"0": MM_SAFETY} for name in SCENARIOS},
+        tuple(f"imgs/{name}/{made}/0.jpg" for name in SCENARIOS for made in MADE),
         [
             (words, *rest)
             for rest in (
@@ -125,49 +108,19 @@ CASES = [
     ),
     Case(
         "mossbench",
-        {
-            "information.csv": [
-                {
-                    "pid": 1,
-                    "question": "May I?",
-                    "image_path": "images/1.png",
-                    "description": "d",
-                    "meta_data_over": "type 1",
-                }
-            ]
-        },
+        {"information.csv": [MOSSBENCH]},
         ("images/1.png",),
         [("May I?", "answer", "type 1", "harmless")],
     ),
     Case(
         "siuo",
-        {
-            "siuo_gen.json": [
-                {
-                    "question_id": 1,
-                    "image": "1.png",
-                    "question": "Good?",
-                    "category": "morality",
-                    "safety_warning": "w",
-                    "reference_answer": "Careful.",
-                }
-            ]
-        },
+        {"siuo_gen.json": [SIUO | {"category": "morality"}]},
         ("images/1.png",),
         [("Good?", "care", "morality", "siuo")],
     ),
     Case(
         "vlsbench",
-        {
-            "data.json": [
-                {
-                    "instruction_id": 1,
-                    "instruction": "Go.",
-                    "image_path": "imgs/0.png",
-                    "category": "Privacy",
-                }
-            ]
-        },
+        {"data.json": [VLSBENCH]},
         ("imgs/0.png",),
         [("Go.", "care", "Privacy", "vlsbench")],
     ),
@@ -182,34 +135,18 @@ CASES = [
     ),
     Case(
         "jailbreakv",
-        {
-            "JailBreakV_28K.csv": [
-                {
-                    "id": 0,
-                    "jailbreak_query": "A request.",
-                    "redteam_query": "r",
-                    "format": "Template",
-                    "policy": "Animal Abuse",
-                    "image_path": "llm/1.png",
-                }
-            ]
-        },
+        {"JailBreakV_28K.csv": [JAILBREAKV | {"jailbreak_query": "A request."}]},
         ("llm/1.png",),
         [("A request.", "refuse", "Template", "attack")],
     ),
+    Case("mme", {"MME.tsv": [MME]}, (), [("Two?", "target", "count", None)]),
     Case(
-        "mme",
-        {
-            "MME.tsv": [
-                {"index": 1, "image": in_base64(), "question": "Two?", "answer": "Yes"}
-                | {"category": "count"}
-            ]
-        },
+        "mmbench",
+        {"MMBench_DEV_EN.tsv": [CHOICE]},
         (),
-        [("Two?", "target", "count", None)],
+        [(ASKED, "target", "c", None)],
     ),
-    Case("mmbench", {"MMBench_DEV_EN.tsv": [choices()]}, (), [(ASKED, "target", "c", None)]),
-    Case("seedbench", {"SEEDBench.tsv": [choices()]}, (), [(ASKED, "target", "c", None)]),
+    Case("seedbench", {"SEEDBench.tsv": [CHOICE]}, (), [(ASKED, "target", "c", None)]),
 ]
 
 
@@ -218,9 +155,7 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> Case:
     found: Case = request.param
     for name, rows in found.files.items():
         write_rows(tmp_path / name, rows)
-    for name in found.images:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(png())
+    write_images(tmp_path, *found.images)
     return found
 
 
@@ -255,14 +190,10 @@ def test_what_is_missing_is_named_with_where_to_ask(case: Case, tmp_path: Path) 
 
 
 def test_figstep_as_published(tmp_path: Path) -> None:
-    row = {"dataset": "ForbidQI", "category_id": 7, "task_id": 1}
-    row |= {"category_name": "Privacy Violation", "question": "q", "instruction": "A list."}
-    write_rows(tmp_path / "data/question/safebench.csv", [row])
+    write_rows(tmp_path / "data/question/safebench.csv", [FIGSTEP])
     with pytest.raises(DataError, match=r"holds no data/images/SafeBench\*"):
         benchmark_named("figstep").read(tmp_path)
-    image = tmp_path / "data/images/SafeBench/query_ForbidQI_7_1_6.png"
-    image.parent.mkdir(parents=True)
-    image.write_bytes(png())
+    write_images(tmp_path, FIGSTEP_IMAGE)
     [sample] = benchmark_named("figstep").read(tmp_path)
     assert sample.metadata is not None and sample.metadata["expects"] == "refuse"
     assert sample.metadata["group"] == "Privacy Violation" and sample.target == ""
@@ -273,7 +204,7 @@ def test_pope_as_published(tmp_path: Path) -> None:
     for kind in ("random", "popular"):
         line = {"question_id": 1, "image": "1.png", "text": "Is there a cup?", "label": "yes"}
         (tmp_path / f"coco_pope_{kind}.json").write_text(json.dumps(line) + "\n")
-    (tmp_path / "1.png").write_bytes(png())
+    write_images(tmp_path, "1.png")
     samples = benchmark_named("pope").read(tmp_path)
     asked = "Is there a cup?\nAnswer yes or no."
     assert told(samples) == [
@@ -286,17 +217,15 @@ def test_pope_as_published(tmp_path: Path) -> None:
 
 
 def test_questions_about_one_image_are_known_to_be_so(tmp_path: Path) -> None:
-    row = {"answer": "Yes", "category": "count", "question": "Two?"}
-    rows = [row | {"index": i, "image": in_base64(v)} for i, v in enumerate((1, 1, 2))]
+    rows = [MME | {"index": i, "image": in_base64(v)} for i, v in enumerate((1, 1, 2))]
     write_rows(tmp_path / "MME.tsv", rows)
     found = [one.metadata["picture"] for one in benchmark_named("mme").read(tmp_path)]  # type: ignore[index]
     assert found[0] == found[1] != found[2]
 
 
 def test_a_rubric_that_is_missing_is_known_before_anything_runs(tmp_path: Path) -> None:
-    row = {"pid": 1, "question": "May I?", "image_path": "1.png", "description": "d"}
-    write_rows(tmp_path / "information.csv", [row])
-    (tmp_path / "1.png").write_bytes(png())
+    write_rows(tmp_path / "information.csv", [MOSSBENCH])
+    write_images(tmp_path, MOSSBENCH["image_path"])
     own = replace(BENCHMARKS["mossbench"], wanted=lambda _: Wanted("rating", "g", "weather"))
     with pytest.raises(DataError, match="no rubric for 'weather'"):
         own.read(tmp_path)
