@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -240,14 +239,13 @@ def test_labels_outside_the_taxonomy_and_a_broken_line(
 
 
 def test_evaluate_tells_what_was_trained_on(
-    psa: Psa, run_dir: Path, picture: Path, tmp_path: Path
+    psa: Psa, run: Path, picture: Path, tmp_path: Path
 ) -> None:
     from psa_vlm.data.contamination import Seen
     from psa_vlm.data.readers import read
 
-    data, run = tmp_path / "data.jsonl", tmp_path / "run"
+    data = tmp_path / "data.jsonl"
     data.write_text(json.dumps(labelled(picture)) + "\n")
-    shutil.copytree(run_dir, run)
     Seen.of(read(data)).save(run)
     scored = json.loads(psa("evaluate", "--model", run, "--data", data, "--json").out)
     assert scored["contamination"]["images"] == scored["contamination"]["both"] == 1
@@ -391,14 +389,13 @@ def test_serve_refuses_the_open_without_keys(psa: Psa, run_dir: Path) -> None:
 
 
 def test_an_export_is_a_model_for_every_command(
-    psa: Psa, run_dir: Path, picture: Path, tmp_path: Path
+    psa: Psa, run: Path, picture: Path, tmp_path: Path
 ) -> None:
     from psa_vlm.data.contamination import Seen
     from psa_vlm.data.readers import read
 
-    data, run, out = tmp_path / "data.jsonl", tmp_path / "run", tmp_path / "out"
+    data, out = tmp_path / "data.jsonl", tmp_path / "out"
     data.write_text(json.dumps(labelled(picture)) + "\n")
-    shutil.copytree(run_dir, run)
     Seen.of(read(data)).save(run)
     assert f"exported to {out}" in psa("export", run, out).out
     asked = (picture, "--text", "What is this?", "--json", "--model")
