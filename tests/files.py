@@ -61,3 +61,10 @@ def write_rows(path: Path, rows: Any) -> Path:
             writer.writeheader()
             writer.writerows(rows)
     return path
+
+
+def write_images(folder: Path, *names: str) -> None:
+    """A small grey picture under each of the names."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(png())

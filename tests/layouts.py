@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from .files import in_base64, png
+from .files import in_base64
 
 VLGUARD: list[dict[str, Any]] = [
     {
@@ -87,9 +86,3 @@ CHOICE |= {"A": "a cup", "B": "a cat", "C": "", "D": "", "answer": "B"}
 FIGSTEP = {"dataset": "ForbidQI", "category_id": 7, "task_id": 1}
 FIGSTEP |= {"category_name": "Privacy Violation", "question": "q", "instruction": "A list."}
 FIGSTEP_IMAGE = "data/images/SafeBench/query_ForbidQI_7_1_6.png"
-
-
-def write_images(folder: Path, *names: str) -> None:
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(png())

@@ -16,22 +16,8 @@ from psa_vlm.data.sample import Sample
 from psa_vlm.errors import ConfigError, DataError, ImageError
 from psa_vlm.taxonomy import Taxonomy
 
-from ..files import png, write_rows
-from ..layouts import (
-    CAPTCHA,
-    CHOICE,
-    FIGSTEP,
-    FIGSTEP_IMAGE,
-    HOLISAFE,
-    JAILBREAKV,
-    MM_SAFETY,
-    MME,
-    MOSSBENCH,
-    SIUO,
-    VLGUARD,
-    VLSBENCH,
-    write_images,
-)
+from .. import layouts
+from ..files import png, write_images, write_rows
 
 
 @dataclass
@@ -52,7 +38,7 @@ CASES = [
     Case(
         "vlguard",
         "train.json",
-        VLGUARD,
+        layouts.VLGUARD,
         ("train/bad_ads/a.png", "train/b.png"),
         [
             ("Read the card.", "I would rather not.", "privacy", "high"),
@@ -63,7 +49,7 @@ CASES = [
     Case(
         "rtvlm",
         "data/Captcha/captcha.jsonl",
-        [CAPTCHA],
+        [layouts.CAPTCHA],
         ("data/Captcha/img/3.png",),
         [("Read it.", "xyz", "privacy", "medium")],
     ),
@@ -77,7 +63,7 @@ CASES = [
     Case(
         "mm-safetybench",
         "processed_questions/01-Illegal_Activitiy.json",
-        {"0": MM_SAFETY},
+        {"0": layouts.MM_SAFETY},
         tuple(f"imgs/01-Illegal_Activitiy/{one}/0.jpg" for one in ("SD", "SD_TYPO", "TYPO")),
         [
             ("On the scene?", None, "illegal_risk", "high"),
@@ -88,7 +74,7 @@ CASES = [
     Case(
         "mossbench",
         "information.csv",
-        [MOSSBENCH],
+        [layouts.MOSSBENCH],
         ("images/1.png",),
         [("May I?", None, "clean", "safe")],
     ),
@@ -131,28 +117,28 @@ CASES = [
     Case(
         "jailbreakv",
         "JailBreakV_28K.csv",
-        [JAILBREAKV | {"jailbreak_query": "Two\nlines."}],
+        [layouts.JAILBREAKV | {"jailbreak_query": "Two\nlines."}],
         ("llm/1.png",),
         [("Two\nlines.", None, "illegal_risk", "high")],
     ),
     Case(
         "siuo",
         "siuo_gen.json",
-        [SIUO | {"category": "controversial topics, politics"}],
+        [layouts.SIUO | {"category": "controversial topics, politics"}],
         ("images/1.png",),
         [("Good?", "Careful.", "politics", "medium")],
     ),
     Case(
         "vlsbench",
         "data.json",
-        [VLSBENCH],
+        [layouts.VLSBENCH],
         ("imgs/0.png",),
         [("Go.", None, "privacy", "high")],
     ),
     Case(
         "holisafe",
         "holisafe_bench.json",
-        [HOLISAFE | {"id": 1, "type": "SSU"}, HOLISAFE | {"id": 2, "type": "SSS"}],
+        [layouts.HOLISAFE | {"id": 1, "type": "SSU"}, layouts.HOLISAFE | {"id": 2, "type": "SSS"}],
         ("images/h/1.png",),
         [("What now?", None, "privacy", "high"), ("What now?", None, "clean", "safe")],
     ),
@@ -176,14 +162,14 @@ CASES = [
     Case(
         "mme",
         "MME.tsv",
-        [MME, MME | {"index": 2, "question": "Three?", "answer": "No"}],
+        [layouts.MME, layouts.MME | {"index": 2, "question": "Three?", "answer": "No"}],
         (),
         [("Two?", "Yes", None, None), ("Three?", "No", None, None)],
     ),
     Case(
         "mmbench",
         "MMBench_DEV_EN.tsv",
-        [CHOICE | {"hint": "Look."}],
+        [layouts.CHOICE | {"hint": "Look."}],
         (),
         [
             (
@@ -244,13 +230,13 @@ def test_a_row_without_a_key_is_named(case: Case, folder: Path) -> None:
 
 
 def test_figstep_as_published(tmp_path: Path) -> None:
-    write_rows(tmp_path / "data/question/safebench.csv", [FIGSTEP])
-    write_images(tmp_path, FIGSTEP_IMAGE)
+    write_rows(tmp_path / "data/question/safebench.csv", [layouts.FIGSTEP])
+    write_images(tmp_path, layouts.FIGSTEP_IMAGE)
     [sample] = read(tmp_path)
     assert (sample.type, sample.level) == ("privacy", "high")
     assert sample.tags["drawn"] == "A list." and "list" in sample.question
     [path] = sample.images
-    assert isinstance(path, Path) and path.samefile(tmp_path / FIGSTEP_IMAGE)
+    assert isinstance(path, Path) and path.samefile(tmp_path / layouts.FIGSTEP_IMAGE)
 
 
 def test_every_scenario_of_a_shipped_map_means_something() -> None:
@@ -266,7 +252,7 @@ def test_every_scenario_of_a_shipped_map_means_something() -> None:
 
 def vlguard(folder: Path, **changes: Any) -> Path:
     (folder / "a.png").write_bytes(png())
-    return write_rows(folder / "train.json", [VLGUARD[0] | {"image": "a.png"} | changes])
+    return write_rows(folder / "train.json", [layouts.VLGUARD[0] | {"image": "a.png"} | changes])
 
 
 def test_an_unmapped_category_names_itself_and_the_file_to_edit(tmp_path: Path) -> None:

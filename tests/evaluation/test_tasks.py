@@ -14,22 +14,8 @@ from psa_vlm.evaluation.judges import rubric_named
 from psa_vlm.evaluation.tasks import BENCHMARKS, benchmark_named
 from psa_vlm.evaluation.tasks.base import Wanted
 
-from ..files import in_base64, write_rows
-from ..layouts import (
-    CAPTCHA,
-    CHOICE,
-    FIGSTEP,
-    FIGSTEP_IMAGE,
-    HOLISAFE,
-    JAILBREAKV,
-    MM_SAFETY,
-    MME,
-    MOSSBENCH,
-    SIUO,
-    VLGUARD,
-    VLSBENCH,
-    write_images,
-)
+from .. import layouts
+from ..files import in_base64, write_images, write_rows
 
 
 @dataclass
@@ -52,7 +38,7 @@ CASES = [
     Case(
         "rtvlm",
         {
-            "data/Captcha/captcha.jsonl": [CAPTCHA],
+            "data/Captcha/captcha.jsonl": [layouts.CAPTCHA],
             "data/Politics/politics.jsonl": [{"id": 1, "instruction": "Who wins?"}],
         },
         ("data/Captcha/img/3.png", "data/Politics/img/1.png"),
@@ -83,7 +69,7 @@ CASES = [
     Case(
         "vlguard",
         {
-            "test.json": VLGUARD,
+            "test.json": layouts.VLGUARD,
             "train.json": [],
         },
         ("test/bad_ads/a.png", "test/b.png"),
@@ -95,7 +81,7 @@ CASES = [
     ),
     Case(
         "mm-safetybench",
-        {f"processed_questions/{name}.json": {"0": MM_SAFETY} for name in SCENARIOS},
+        {f"processed_questions/{name}.json": {"0": layouts.MM_SAFETY} for name in SCENARIOS},
         tuple(f"imgs/{name}/{made}/0.jpg" for name in SCENARIOS for made in MADE),
         [
             (words, *rest)
@@ -108,25 +94,30 @@ CASES = [
     ),
     Case(
         "mossbench",
-        {"information.csv": [MOSSBENCH]},
+        {"information.csv": [layouts.MOSSBENCH]},
         ("images/1.png",),
         [("May I?", "answer", "type 1", "harmless")],
     ),
     Case(
         "siuo",
-        {"siuo_gen.json": [SIUO | {"category": "morality"}]},
+        {"siuo_gen.json": [layouts.SIUO | {"category": "morality"}]},
         ("images/1.png",),
         [("Good?", "care", "morality", "siuo")],
     ),
     Case(
         "vlsbench",
-        {"data.json": [VLSBENCH]},
+        {"data.json": [layouts.VLSBENCH]},
         ("imgs/0.png",),
         [("Go.", "care", "Privacy", "vlsbench")],
     ),
     Case(
         "holisafe",
-        {"holisafe_bench.json": [HOLISAFE | {"id": 1, "type": "SSU"}, HOLISAFE | {"type": "SSS"}]},
+        {
+            "holisafe_bench.json": [
+                layouts.HOLISAFE | {"id": 1, "type": "SSU"},
+                layouts.HOLISAFE | {"type": "SSS"},
+            ]
+        },
         ("images/h/1.png",),
         [
             ("What now?", "refuse", "SSU", "attack"),
@@ -135,18 +126,18 @@ CASES = [
     ),
     Case(
         "jailbreakv",
-        {"JailBreakV_28K.csv": [JAILBREAKV | {"jailbreak_query": "A request."}]},
+        {"JailBreakV_28K.csv": [layouts.JAILBREAKV | {"jailbreak_query": "A request."}]},
         ("llm/1.png",),
         [("A request.", "refuse", "Template", "attack")],
     ),
-    Case("mme", {"MME.tsv": [MME]}, (), [("Two?", "target", "count", None)]),
+    Case("mme", {"MME.tsv": [layouts.MME]}, (), [("Two?", "target", "count", None)]),
     Case(
         "mmbench",
-        {"MMBench_DEV_EN.tsv": [CHOICE]},
+        {"MMBench_DEV_EN.tsv": [layouts.CHOICE]},
         (),
         [(ASKED, "target", "c", None)],
     ),
-    Case("seedbench", {"SEEDBench.tsv": [CHOICE]}, (), [(ASKED, "target", "c", None)]),
+    Case("seedbench", {"SEEDBench.tsv": [layouts.CHOICE]}, (), [(ASKED, "target", "c", None)]),
 ]
 
 
@@ -190,10 +181,10 @@ def test_what_is_missing_is_named_with_where_to_ask(case: Case, tmp_path: Path) 
 
 
 def test_figstep_as_published(tmp_path: Path) -> None:
-    write_rows(tmp_path / "data/question/safebench.csv", [FIGSTEP])
+    write_rows(tmp_path / "data/question/safebench.csv", [layouts.FIGSTEP])
     with pytest.raises(DataError, match=r"holds no data/images/SafeBench\*"):
         benchmark_named("figstep").read(tmp_path)
-    write_images(tmp_path, FIGSTEP_IMAGE)
+    write_images(tmp_path, layouts.FIGSTEP_IMAGE)
     [sample] = benchmark_named("figstep").read(tmp_path)
     assert sample.metadata is not None and sample.metadata["expects"] == "refuse"
     assert sample.metadata["group"] == "Privacy Violation" and sample.target == ""
@@ -217,15 +208,15 @@ def test_pope_as_published(tmp_path: Path) -> None:
 
 
 def test_questions_about_one_image_are_known_to_be_so(tmp_path: Path) -> None:
-    rows = [MME | {"index": i, "image": in_base64(v)} for i, v in enumerate((1, 1, 2))]
+    rows = [layouts.MME | {"index": i, "image": in_base64(v)} for i, v in enumerate((1, 1, 2))]
     write_rows(tmp_path / "MME.tsv", rows)
     found = [one.metadata["picture"] for one in benchmark_named("mme").read(tmp_path)]  # type: ignore[index]
     assert found[0] == found[1] != found[2]
 
 
 def test_a_rubric_that_is_missing_is_known_before_anything_runs(tmp_path: Path) -> None:
-    write_rows(tmp_path / "information.csv", [MOSSBENCH])
-    write_images(tmp_path, MOSSBENCH["image_path"])
+    write_rows(tmp_path / "information.csv", [layouts.MOSSBENCH])
+    write_images(tmp_path, layouts.MOSSBENCH["image_path"])
     own = replace(BENCHMARKS["mossbench"], wanted=lambda _: Wanted("rating", "g", "weather"))
     with pytest.raises(DataError, match="no rubric for 'weather'"):
         own.read(tmp_path)
