@@ -16,7 +16,6 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import uvicorn
 from PIL import Image
 from starlette.applications import Starlette
@@ -25,7 +24,6 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from psa_vlm import Policy, PsaVlm, Turn
-from psa_vlm.inference import Images, Seen
 from psa_vlm.serving.engine import Ask
 from psa_vlm.serving.in_process import InProcess
 
@@ -33,16 +31,8 @@ from psa_vlm.serving.in_process import InProcess
 class Plain(PsaVlm):
     """The model without its bottleneck: images are encoded, and not assessed."""
 
-    @torch.inference_mode()
-    def see_batch(
-        self,
-        images: Sequence[Images],
-        texts: Sequence[str],
-        histories: Sequence[Sequence[Turn]] | None = None,
-    ) -> list[Seen]:
-        requests = self._requests(images, texts, histories)
-        features = self._encode(requests)
-        return [Seen(one.conversation, None, one.rows, features) for one in requests]
+    def _verdicts(self, requests: Sequence[Any], features: Any) -> list[Any]:
+        return [None] * len(requests)
 
 
 def picture(url: str) -> Image.Image:

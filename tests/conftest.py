@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 # Read by torch and Hugging Face at import, so they are set before any test module is.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -18,106 +20,47 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 from hypothesis import HealthCheck, settings
 
+from .tiny import dual_encoder, random_bottleneck, save_llava
+
 settings.register_profile(  # a busy machine is no failure
     "psa_vlm", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("psa_vlm")
 
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}"
-    "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '<image>\\n' }}"
-    "{% endif %}{% endfor %}"
-    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] + ' ' }}"
-    "{% endif %}{% endfor %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
-)
+
+class Outcome(NamedTuple):
+    """Of a command: its exit code, and what it printed."""
+
+    code: int
+    out: str
+    err: str
 
 
-def byte_tokenizer() -> Any:
-    """One token a byte; begin of text added by the tokenizer itself, as Llama's does."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    specials = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {piece: i for i, piece in enumerate([*specials, *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab, [], unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", vocab["<s>"])]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        additional_special_tokens=["<image>"],
-    )
+Psa = Callable[..., Outcome]
 
 
-def llava_processor(tokenizer: Any, chat_template: str = CHAT_TEMPLATE) -> Any:
-    """32 pixels in patches of 8: 16 positions to an image."""
-    from transformers import CLIPImageProcessorPil, LlavaProcessor
+@pytest.fixture()
+def psa(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Psa:
+    """Runs `psa-vlm` in this process."""
+    from psa_vlm import cli
 
-    return LlavaProcessor(
-        image_processor=CLIPImageProcessorPil(
-            size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
-        ),
-        tokenizer=tokenizer,
-        patch_size=8,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=chat_template,
-    )
+    def run(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["psa-vlm", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return Outcome(code, *capsys.readouterr())
 
-
-def llava_model(tokenizer: Any, tied: bool = False) -> Any:
-    """A LLaVA of random weights: vision 24 wide, language model 32 wide, two layers each."""
-    import torch
-    from transformers import (
-        CLIPVisionConfig,
-        LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-    )
-
-    shape = {"num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=24, intermediate_size=32, image_size=32, patch_size=8, **shape
-        ),
-        text_config=LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=48,
-            max_position_embeddings=1024,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            tie_word_embeddings=tied,
-            **shape,
-        ),
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        tie_word_embeddings=tied,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = LlavaForConditionalGeneration(config)
-        for parameter in model.parameters():  # large enough for images and words to matter
-            torch.nn.init.normal_(parameter, std=0.3)
-    return model
+    return run
 
 
 @pytest.fixture(scope="session")
 def llava_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random LLaVA checkpoint that loads with plain transformers."""
     folder = tmp_path_factory.mktemp("llava")
-    tokenizer = byte_tokenizer()
-    llava_model(tokenizer).save_pretrained(folder)
-    llava_processor(tokenizer).save_pretrained(folder)
+    save_llava(folder)
     return folder
 
 
@@ -125,57 +68,36 @@ def llava_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tied_llava_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with the output head tied to the input embeddings."""
     folder = tmp_path_factory.mktemp("tied-llava")
-    tokenizer = byte_tokenizer()
-    llava_model(tokenizer, tied=True).save_pretrained(folder)
-    llava_processor(tokenizer).save_pretrained(folder)
+    save_llava(folder, tied=True)
     return folder
 
 
 @pytest.fixture(scope="session")
 def run_dir(llava_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder on the tiny LLaVA: random bottleneck, four safety tokens, no adapter."""
-    import torch
-
     from psa_vlm.inference import PsaVlm
     from psa_vlm.model.backbone import Backbone
-    from psa_vlm.model.bottleneck import BottleneckConfig, SafetyBottleneck
     from psa_vlm.model.tokens import add_safety_tokens
 
     backbone = Backbone.from_pretrained(llava_dir)
     add_safety_tokens(backbone, 4)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        bottleneck = SafetyBottleneck(
-            BottleneckConfig(24, 32, hidden=16, tokens=4, heads=4, depth=1)
-        )
     folder = tmp_path_factory.mktemp("runs") / "run"
-    PsaVlm(backbone, bottleneck).save_pretrained(folder)
+    PsaVlm(backbone, random_bottleneck(backbone)).save_pretrained(folder)
     return folder
 
 
-def dual_encoder(kind: str) -> tuple[Any, Any]:
-    """A CLIP or SigLIP of random weights: images 24 wide, texts 32 wide and 16 tokens long."""
-    import torch
-    import transformers
+@pytest.fixture()
+def run(run_dir: Path, tmp_path: Path) -> Path:
+    """A copy of it that a test may break."""
+    return Path(shutil.copytree(run_dir, tmp_path / "run"))
 
-    tokenizer = byte_tokenizer()
-    shape = {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
-    words = {"vocab_size": len(tokenizer), "hidden_size": 32, "max_position_embeddings": 16}
-    words |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    config = getattr(transformers, f"{kind}Config")(
-        text_config={**words, **shape},
-        vision_config={"hidden_size": 24, "image_size": 32, "patch_size": 8, **shape},
-    )
-    sizes = {"size": {"height": 32, "width": 32}}
-    if kind == "CLIP":
-        sizes = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
-    pixels = getattr(transformers, f"{kind}ImageProcessorPil")(**sizes)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = getattr(transformers, f"{kind}Model")(config)
-        for name, parameter in model.named_parameters():  # a picture keeps its place
-            torch.nn.init.normal_(parameter, std=0.05 if "vision" in name else 0.3)
-    return model, getattr(transformers, f"{kind}Processor")(pixels, tokenizer)
+
+@pytest.fixture(scope="module")
+def model(run_dir: Path) -> Any:
+    """The model of that run."""
+    from psa_vlm.inference import PsaVlm
+
+    return PsaVlm.from_pretrained(run_dir)
 
 
 @pytest.fixture(scope="session")
@@ -196,20 +118,12 @@ def guard_run(
     make_dual_encoder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """A run folder on a tiny CLIP, with a random bottleneck; nothing may write into it."""
-    import torch
-
     from psa_vlm.inference import PsaVlm
     from psa_vlm.model.backbone import Backbone
-    from psa_vlm.model.bottleneck import BottleneckConfig, SafetyBottleneck
 
     backbone = Backbone.from_pretrained(make_dual_encoder("CLIP"))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        bottleneck = SafetyBottleneck(
-            BottleneckConfig(24, 32, hidden=16, tokens=4, heads=4, depth=1)
-        )
     folder = tmp_path_factory.mktemp("guards") / "run"
-    PsaVlm(backbone, bottleneck).save_pretrained(folder)
+    PsaVlm(backbone, random_bottleneck(backbone)).save_pretrained(folder)
     return folder
 
 
@@ -267,6 +181,20 @@ def see(model: Any) -> Iterator[Callable[[str, str], None]]:
 
     yield set_to
     head.load_state_dict(before)
+
+
+@pytest.fixture()
+def prompts(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the language model is asked: the first prompt of each generation."""
+    seen: list[str] = []
+    write = model.backbone.write
+
+    def noted(inputs: Any, *told: Any) -> Any:
+        seen.append(model.backbone.tokenizer.decode(inputs["input_ids"][0]))
+        return write(inputs, *told)
+
+    monkeypatch.setattr(model.backbone, "write", noted)
+    return seen
 
 
 @pytest.fixture(scope="session")

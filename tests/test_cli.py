@@ -3,46 +3,15 @@
 from __future__ import annotations
 
 import json
-import shutil
-import struct
-import sys
-import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from psa_vlm import cli
 from psa_vlm.taxonomy import Taxonomy
 
-
-@dataclass
-class Outcome:
-    code: int
-    out: str
-    err: str
-
-
-Psa = Callable[..., Outcome]
-
-
-@pytest.fixture()
-def psa(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Psa:
-    """Run `psa-vlm` in this process."""
-
-    def run(*arguments: object) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["psa-vlm", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        caught = capsys.readouterr()
-        return Outcome(code, caught.out, caught.err)
-
-    return run
+from .conftest import Outcome, Psa
+from .files import png_by_hand
 
 
 @pytest.fixture()
@@ -212,14 +181,7 @@ def test_text_named_png(assess: Psa, tmp_path: Path) -> None:
 
 
 def test_huge_png(assess: Psa, tmp_path: Path) -> None:
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        )
-
-    header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
-    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 64)) + chunk(b"IEND", b"")
-    (tmp_path / "huge.png").write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+    (tmp_path / "huge.png").write_bytes(png_by_hand(30_000, 30_000, 8, 2, bytes(64)))
     one_line(assess(tmp_path / "huge.png", "--text", "Hi"), "huge.png", "pixels")
 
 
@@ -277,14 +239,13 @@ def test_labels_outside_the_taxonomy_and_a_broken_line(
 
 
 def test_evaluate_tells_what_was_trained_on(
-    psa: Psa, run_dir: Path, picture: Path, tmp_path: Path
+    psa: Psa, run: Path, picture: Path, tmp_path: Path
 ) -> None:
     from psa_vlm.data.contamination import Fingerprints
     from psa_vlm.data.readers import read
 
-    data, run = tmp_path / "data.jsonl", tmp_path / "run"
+    data = tmp_path / "data.jsonl"
     data.write_text(json.dumps(labelled(picture)) + "\n")
-    shutil.copytree(run_dir, run)
     Fingerprints.of(read(data)).save(run)
     scored = json.loads(psa("evaluate", "--model", run, "--data", data, "--json").out)
     assert scored["contamination"]["images"] == scored["contamination"]["both"] == 1
@@ -428,14 +389,13 @@ def test_serve_refuses_the_open_without_keys(psa: Psa, run_dir: Path) -> None:
 
 
 def test_an_export_is_a_model_for_every_command(
-    psa: Psa, run_dir: Path, picture: Path, tmp_path: Path
+    psa: Psa, run: Path, picture: Path, tmp_path: Path
 ) -> None:
     from psa_vlm.data.contamination import Fingerprints
     from psa_vlm.data.readers import read
 
-    data, run, out = tmp_path / "data.jsonl", tmp_path / "run", tmp_path / "out"
+    data, out = tmp_path / "data.jsonl", tmp_path / "out"
     data.write_text(json.dumps(labelled(picture)) + "\n")
-    shutil.copytree(run_dir, run)
     Fingerprints.of(read(data)).save(run)
     assert f"exported to {out}" in psa("export", run, out).out
     asked = (picture, "--text", "What is this?", "--json", "--model")

@@ -89,11 +89,6 @@ def backbone(request: pytest.FixtureRequest, llava_dir: Path) -> Backbone:
     return found
 
 
-@pytest.fixture(scope="module")
-def model(run_dir: Path) -> PsaVlm:
-    return PsaVlm.from_pretrained(run_dir)
-
-
 def around(role: str, text: str) -> list[Turn]:
     """A conversation in which one side says a text."""
     turns = [Turn("system", "s"), Turn("user", "u"), Turn("assistant", "a"), Turn("user", "w")]

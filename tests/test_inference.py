@@ -12,7 +12,6 @@ from PIL import Image
 from psa_vlm.data.sample import Turn
 from psa_vlm.errors import ImageError, InputError
 from psa_vlm.inference import PsaVlm
-from psa_vlm.model.writing import Written
 from psa_vlm.policy.policy import Policy
 
 
@@ -25,20 +24,6 @@ def model(run_dir: Path) -> PsaVlm:
 def refusing(model: PsaVlm) -> Policy:
     rules = {"*": {"low": "refuse", "medium": "refuse", "high": "refuse"}}
     return Policy.model_validate({**model.policy.model_dump(), "name": "strict", "rules": rules})
-
-
-@pytest.fixture()
-def prompts(model: PsaVlm, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Collects the first prompt of each generation."""
-    prompts: list[str] = []
-    write = model.backbone.write
-
-    def spy(inputs: dict[str, torch.Tensor], *args: Any) -> list[Written]:
-        prompts.append(model.backbone.tokenizer.decode(inputs["input_ids"][0]))
-        return write(inputs, *args)
-
-    monkeypatch.setattr(model.backbone, "write", spy)
-    return prompts
 
 
 def count_calls(module: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[None]:

@@ -8,12 +8,10 @@ import io
 import json
 import os
 import signal
-import struct
 import subprocess
 import sys
 import tarfile
 import time
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -27,7 +25,6 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from psa_vlm import cli
 from psa_vlm.data.images import open_images
 from psa_vlm.errors import ConfigError, InputError, MissingExtra, PsaVlmError
 from psa_vlm.inference import PsaVlm
@@ -38,21 +35,19 @@ from psa_vlm.scan.output import Output
 from psa_vlm.scan.run import Scan, Worker
 from psa_vlm.scan.source import Source, Unit, kind
 
+from .conftest import Psa
+from .files import encode, png_by_hand
+
 TEXT = "What is this?"
 
 
-def png(colour: str = "red", size: tuple[int, int] = (9, 9)) -> bytes:
-    stream = io.BytesIO()
-    Image.new("RGB", size, colour).save(stream, "PNG")
-    return stream.getvalue()
+def png(colour: str = "red") -> bytes:
+    return encode(Image.new("RGB", (9, 9), colour))
 
 
 def bomb() -> bytes:
     """A PNG of a few bytes whose header promises 3,600,000,000 pixels."""
-    content = bytearray(png())
-    content[16:24] = struct.pack(">II", 60_000, 60_000)
-    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
-    return bytes(content)
+    return png_by_hand(60_000, 60_000, 8, 2, bytes(64))
 
 
 COLOURS = ("red", "green", "blue", "white", "black")
@@ -381,10 +376,8 @@ def test_a_result_on_another_file_system(model: PsaVlm) -> None:
 
 
 @pytest.fixture()
-def psa(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], aligned_run: Path
-) -> Callable[..., tuple[int, str, str]]:
-    """Run `psa-vlm scan` in this process, its actor too: exit code, stdout and stderr."""
+def psa_scan(psa: Psa, monkeypatch: pytest.MonkeyPatch, aligned_run: Path) -> Psa:
+    """Runs `psa-vlm scan` in this process, its actor too."""
 
     def assessed(job: Scan, parts: list[int], actors: int, gpus: float) -> Iterator[Any]:
         worker = Worker(job, gpus)
@@ -393,38 +386,26 @@ def psa(
 
     monkeypatch.setattr(run, "_ray", lambda address, actors: nullcontext((1, 0)))
     monkeypatch.setattr(run, "_assessed", assessed)
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        command = ["psa-vlm", "scan", *map(str, arguments), "--model", str(aligned_run)]
-        monkeypatch.setattr(sys, "argv", command)
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        caught = capsys.readouterr()
-        return code, caught.out, caught.err
-
-    return call
+    return lambda *arguments: psa("scan", *arguments, "--model", aligned_run)
 
 
 @pytest.mark.usefixtures("loaded")
-def test_the_command(psa: Any, folder: Path, tmp_path: Path, model: PsaVlm) -> None:
+def test_the_command(psa_scan: Psa, folder: Path, tmp_path: Path, model: PsaVlm) -> None:
     out = tmp_path / "out"
-    code, told, err = psa(folder, out, "--rows", 3, "--policy", "strict")
+    code, told, err = psa_scan(folder, out, "--rows", 3, "--policy", "strict")
     assert (code, err.strip()) == (0, "")
     assert "images/s" in told and ".txt 1" in told
     check_rows(table(out), folder, model)
-    code, told, _ = psa(folder, out, "--policy", "strict", "--json")  # nothing is left to do
+    code, told, _ = psa_scan(folder, out, "--policy", "strict", "--json")  # nothing is left to do
     facts = json.loads(told)
     assert (code, facts["images"], facts["errors"], facts["assessed"]) == (0, 8, 3, 0)
     assert facts["images_per_second"] is None and facts["actions"]["refuse"] >= 3
 
 
 @pytest.mark.usefixtures("loaded")
-def test_bad_input_is_one_line(psa: Any, folder: Path, tmp_path: Path) -> None:
+def test_bad_input_is_one_line(psa_scan: Psa, folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert psa(folder / "0.png", out)[0] == 0
+    assert psa_scan(folder / "0.png", out)[0] == 0
     for arguments, words in (
         ((tmp_path / "none", out), "none: no such file or folder"),
         ((folder, folder / "out"), "which is scanned"),
@@ -434,10 +415,10 @@ def test_bad_input_is_one_line(psa: Any, folder: Path, tmp_path: Path) -> None:
         ((folder / "0.png", out, "--text", " "), "the text is empty"),
         ((folder / "0.png", tmp_path), "no result of a scan"),
     ):
-        code, told, err = psa(*arguments)
+        code, told, err = psa_scan(*arguments)
         (line,) = err.strip().splitlines()
         assert (code, told) == (2, "") and line.startswith("error: ") and words in line
-    code, _, err = psa(folder / "text.png", tmp_path / "other")
+    code, _, err = psa_scan(folder / "text.png", tmp_path / "other")
     assert code == 1 and "error: no image could be assessed; text.png: " in err
 
 

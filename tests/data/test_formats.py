@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import base64
-import csv
-import io
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 
 from psa_vlm.data.formats import FORMATS, find
 from psa_vlm.data.labels import CategoryMap
@@ -20,36 +16,8 @@ from psa_vlm.data.sample import Sample
 from psa_vlm.errors import ConfigError, DataError, ImageError
 from psa_vlm.taxonomy import Taxonomy
 
-
-def png(value: int = 0) -> bytes:
-    stream = io.BytesIO()
-    Image.new("L", (8, 8), value).save(stream, "PNG")
-    return stream.getvalue()
-
-
-def in_base64(value: int = 0) -> str:
-    return base64.b64encode(png(value)).decode()
-
-
-def write(path: Path, rows: Any) -> Path:
-    """A data file of rows, in the way its name asks for."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".json":
-        path.write_text(json.dumps(rows), encoding="utf-8")
-    elif path.suffix == ".jsonl":
-        path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    elif path.suffix == ".parquet":
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        pq.write_table(pa.Table.from_pylist(rows), path)
-    else:
-        with path.open("w", encoding="utf-8", newline="") as file:
-            delimiter = "\t" if path.suffix == ".tsv" else ","
-            writer = csv.DictWriter(file, rows[0], delimiter=delimiter)
-            writer.writeheader()
-            writer.writerows(rows)
-    return path
+from .. import layouts
+from ..files import png, write_images, write_rows
 
 
 @dataclass
@@ -64,43 +32,13 @@ class Case:
     """Question, answer, type, level."""
 
 
-VLGUARD = [
-    {
-        "id": "a",
-        "image": "bad_ads/a.png",
-        "safe": False,
-        "harmful_category": "privacy",
-        "harmful_subcategory": "personal data",
-        "instr-resp": [{"instruction": "Read the card.", "response": "I would rather not."}],
-    },
-    {
-        "id": "b",
-        "image": "b.png",
-        "safe": True,
-        "instr-resp": [
-            {"safe_instruction": "What is it?", "response": "A cake."},
-            {"unsafe_instruction": "How do I spoil it?", "response": "I won't say."},
-        ],
-    },
-]
-HOLISAFE = {
-    "id": 1,
-    "image": "h/1.png",
-    "query": "What now?",
-    "category": "privacy",
-    "subcategory": "x",
-    "type": "SSU",
-    "image_safe": True,
-    "image_safety_label": "safe",
-}
 UNSAFE = {"image": {"bytes": png(), "path": None}, "category": "Hate", "source": "s", "text": "t"}
-CHOICE = {"index": 1, "image": in_base64(), "question": "Which?", "hint": "Look.", "category": "c"}
 
 CASES = [
     Case(
         "vlguard",
         "train.json",
-        VLGUARD,
+        layouts.VLGUARD,
         ("train/bad_ads/a.png", "train/b.png"),
         [
             ("Read the card.", "I would rather not.", "privacy", "high"),
@@ -111,7 +49,7 @@ CASES = [
     Case(
         "rtvlm",
         "data/Captcha/captcha.jsonl",
-        [{"id": 3, "instruction": "Read it.", "answer": "xyz"}],
+        [layouts.CAPTCHA],
         ("data/Captcha/img/3.png",),
         [("Read it.", "xyz", "privacy", "medium")],
     ),
@@ -125,16 +63,7 @@ CASES = [
     Case(
         "mm-safetybench",
         "processed_questions/01-Illegal_Activitiy.json",
-        {
-            "0": {
-                "Question": "q",
-                "Changed Question": "c",
-                "Key Phrase": "k",
-                "Phrase Type": "p",
-                "Rephrased Question": "On the words?",
-                "Rephrased Question(SD)": "On the scene?",
-            }
-        },
+        {"0": layouts.MM_SAFETY},
         tuple(f"imgs/01-Illegal_Activitiy/{one}/0.jpg" for one in ("SD", "SD_TYPO", "TYPO")),
         [
             ("On the scene?", None, "illegal_risk", "high"),
@@ -145,16 +74,7 @@ CASES = [
     Case(
         "mossbench",
         "information.csv",
-        [
-            {
-                "pid": 1,
-                "question": "May I?",
-                "image_path": "images/1.png",
-                "short description": "s",
-                "description": "d",
-                "meta_data_over": "type 1",
-            }
-        ],
+        [layouts.MOSSBENCH],
         ("images/1.png",),
         [("May I?", None, "clean", "safe")],
     ),
@@ -197,58 +117,28 @@ CASES = [
     Case(
         "jailbreakv",
         "JailBreakV_28K.csv",
-        [
-            {
-                "id": 0,
-                "jailbreak_query": "Two\nlines.",
-                "redteam_query": "r",
-                "format": "Template",
-                "policy": "Animal Abuse",
-                "image_path": "llm/1.png",
-                "from": "f",
-                "selected_mini": False,
-                "transfer_from_llm": True,
-            }
-        ],
+        [layouts.JAILBREAKV | {"jailbreak_query": "Two\nlines."}],
         ("llm/1.png",),
         [("Two\nlines.", None, "illegal_risk", "high")],
     ),
     Case(
         "siuo",
         "siuo_gen.json",
-        [
-            {
-                "question_id": 1,
-                "image": "1.png",
-                "question": "Good?",
-                "category": "controversial topics, politics",
-                "safety_warning": "w",
-                "reference_answer": "Careful.",
-            }
-        ],
+        [layouts.SIUO | {"category": "controversial topics, politics"}],
         ("images/1.png",),
         [("Good?", "Careful.", "politics", "medium")],
     ),
     Case(
         "vlsbench",
         "data.json",
-        [
-            {
-                "instruction_id": 1,
-                "instruction": "Go.",
-                "image_path": "imgs/0.png",
-                "category": "Privacy",
-                "sub_category": "Unknown here",
-                "source": "s",
-            }
-        ],
+        [layouts.VLSBENCH],
         ("imgs/0.png",),
         [("Go.", None, "privacy", "high")],
     ),
     Case(
         "holisafe",
         "holisafe_bench.json",
-        [HOLISAFE, HOLISAFE | {"id": 2, "type": "SSS"}],
+        [layouts.HOLISAFE | {"id": 1, "type": "SSU"}, layouts.HOLISAFE | {"id": 2, "type": "SSS"}],
         ("images/h/1.png",),
         [("What now?", None, "privacy", "high"), ("What now?", None, "clean", "safe")],
     ),
@@ -272,17 +162,14 @@ CASES = [
     Case(
         "mme",
         "MME.tsv",
-        [
-            {"index": i, "image": in_base64(), "question": q, "answer": a, "category": "count"}
-            for i, (q, a) in enumerate([("Two?", "Yes"), ("Three?", "No")])
-        ],
+        [layouts.MME, layouts.MME | {"index": 2, "question": "Three?", "answer": "No"}],
         (),
         [("Two?", "Yes", None, None), ("Three?", "No", None, None)],
     ),
     Case(
         "mmbench",
         "MMBench_DEV_EN.tsv",
-        [CHOICE | {"A": "a cup", "B": "a cat", "C": "", "D": "", "answer": "B"}],
+        [layouts.CHOICE | {"hint": "Look."}],
         (),
         [
             (
@@ -307,10 +194,8 @@ def folder(case: Case, tmp_path: Path) -> Path:
     if isinstance(case.rows, str):
         (tmp_path / case.file).write_text(case.rows)
     else:
-        write(tmp_path / case.file, case.rows)
-    for name in case.images:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(png())
+        write_rows(tmp_path / case.file, case.rows)
+    write_images(tmp_path, *case.images)
     return tmp_path
 
 
@@ -337,7 +222,7 @@ def test_a_row_without_a_key_is_named(case: Case, folder: Path) -> None:
     needed = {"mm-safetybench": "Rephrased Question", "vlsbench": "instruction"}
     lost = needed.get(case.name, lost)
     bad = [{key: value for key, value in row.items() if key != lost} for row in rows]
-    write(folder / case.file, dict(enumerate(bad)) if isinstance(case.rows, dict) else bad)
+    write_rows(folder / case.file, dict(enumerate(bad)) if isinstance(case.rows, dict) else bad)
     with pytest.raises(DataError, match=lost) as caught:
         read(folder / case.file, format=case.name)
     assert str(folder / case.file) in str(caught.value)
@@ -345,17 +230,13 @@ def test_a_row_without_a_key_is_named(case: Case, folder: Path) -> None:
 
 
 def test_figstep_as_published(tmp_path: Path) -> None:
-    row = {"dataset": "ForbidQI", "category_id": 7, "task_id": 1}
-    row |= {"category_name": "Privacy Violation", "question": "q", "instruction": "A list."}
-    write(tmp_path / "data/question/safebench.csv", [row])
-    image = tmp_path / "data/images/SafeBench/query_ForbidQI_7_1_6.png"
-    image.parent.mkdir(parents=True)
-    image.write_bytes(png())
+    write_rows(tmp_path / "data/question/safebench.csv", [layouts.FIGSTEP])
+    write_images(tmp_path, layouts.FIGSTEP_IMAGE)
     [sample] = read(tmp_path)
     assert (sample.type, sample.level) == ("privacy", "high")
     assert sample.tags["drawn"] == "A list." and "list" in sample.question
     [path] = sample.images
-    assert isinstance(path, Path) and path.samefile(image)
+    assert isinstance(path, Path) and path.samefile(tmp_path / layouts.FIGSTEP_IMAGE)
 
 
 def test_every_scenario_of_a_shipped_map_means_something() -> None:
@@ -371,7 +252,7 @@ def test_every_scenario_of_a_shipped_map_means_something() -> None:
 
 def vlguard(folder: Path, **changes: Any) -> Path:
     (folder / "a.png").write_bytes(png())
-    return write(folder / "train.json", [VLGUARD[0] | {"image": "a.png"} | changes])
+    return write_rows(folder / "train.json", [layouts.VLGUARD[0] | {"image": "a.png"} | changes])
 
 
 def test_an_unmapped_category_names_itself_and_the_file_to_edit(tmp_path: Path) -> None:
@@ -439,7 +320,7 @@ def test_scan_goes_on_behind_a_bad_row(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["not base64!", "", base64.b64encode(b"no image").decode()])
 def test_a_broken_image_inside_a_file_is_named(tmp_path: Path, content: str) -> None:
     row = {"image": content, "question": "Two?", "answer": "Yes", "category": "count"}
-    path = write(tmp_path / "MME.tsv", [row])
+    path = write_rows(tmp_path / "MME.tsv", [row])
     with pytest.raises(ImageError, match=r"MME\.tsv:2: 'image' holds no image that can be read"):
         read(path)
 
@@ -453,7 +334,7 @@ def test_a_damaged_file_is_one_line(tmp_path: Path, suffix: str) -> None:
 
 
 def test_an_unknown_layout_says_what_it_has_and_what_is_known(tmp_path: Path) -> None:
-    path = write(tmp_path / "data.json", [{"picture": "a.png", "words": "Hi"}])
+    path = write_rows(tmp_path / "data.json", [{"picture": "a.png", "words": "Hi"}])
     with pytest.raises(DataError, match=r"\[0\]: no known layout has these keys: picture, words"):
         read(path)
     with pytest.raises(DataError, match=r"format 'nonsense' is unknown; known: .*vlguard"):
@@ -462,7 +343,8 @@ def test_an_unknown_layout_says_what_it_has_and_what_is_known(tmp_path: Path) ->
 
 def test_a_folder_of_several_layouts_is_not_guessed(tmp_path: Path) -> None:
     vlguard(tmp_path)
-    write(tmp_path / "pope.jsonl", [{"question_id": 1, "image": "a", "text": "t", "label": "no"}])
+    row = {"question_id": 1, "image": "a", "text": "t", "label": "no"}
+    write_rows(tmp_path / "pope.jsonl", [row])
     with pytest.raises(DataError, match=r"several layouts: .*vlguard \(train\.json\)"):
         read(tmp_path)
     (tmp_path / "empty").mkdir()

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,8 @@ from PIL import Image, ImageDraw
 
 from psa_vlm.data.hashes import NEAR, array, fingerprint, near_any, near_groups, prompt_hash
 from psa_vlm.data.sample import Sample, Turn
+
+from ..files import encode
 
 
 def drawing(seed: int, side: int = 64) -> Image.Image:
@@ -25,16 +26,10 @@ def drawing(seed: int, side: int = 64) -> Image.Image:
     return image
 
 
-def encoded(image: Image.Image, kind: str) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, kind, quality=60)
-    return stream.getvalue()
-
-
 def test_pixels_are_the_same_whatever_file_they_are_in(tmp_path: Path) -> None:
     image = drawing(0)
     image.save(tmp_path / "a.bmp")
-    prints = {fingerprint(one) for one in (image, encoded(image, "PNG"), tmp_path / "a.bmp")}
+    prints = {fingerprint(one) for one in (image, encode(image), tmp_path / "a.bmp")}
     assert len(prints) == 1
     assert fingerprint(drawing(1)).pixels != fingerprint(image).pixels
 
@@ -42,7 +37,7 @@ def test_pixels_are_the_same_whatever_file_they_are_in(tmp_path: Path) -> None:
 def test_what_looks_alike_is_near_and_what_does_not_is_far() -> None:
     looks = [fingerprint(drawing(seed)).look for seed in range(12)]
     for seed, look in enumerate(looks):
-        for changed in (encoded(drawing(seed), "JPEG"), drawing(seed).resize((50, 50))):
+        for changed in (encode(drawing(seed), "JPEG", quality=60), drawing(seed).resize((50, 50))):
             assert fingerprint(changed).pixels != fingerprint(drawing(seed)).pixels
             assert (fingerprint(changed).look ^ look).bit_count() <= NEAR
         assert all((look ^ other).bit_count() > NEAR for other in looks[:seed])
@@ -52,9 +47,8 @@ def test_a_later_frame_makes_another_image() -> None:
     frames, other = [drawing(0), drawing(1)], [drawing(0), drawing(2)]
     gifs = []
     for first, second in (frames, other):
-        stream = io.BytesIO()
-        first.save(stream, "GIF", save_all=True, append_images=[second])
-        gifs.append(fingerprint(stream.getvalue()).pixels)
+        moving = encode(first, "GIF", save_all=True, append_images=[second])
+        gifs.append(fingerprint(moving).pixels)
     assert gifs[0] != gifs[1]
 
 

@@ -1,11 +1,8 @@
 from __future__ import annotations
 
-import io
 import struct
 import warnings
-import zlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,13 +13,9 @@ from PIL import Image, ImageFile
 from psa_vlm.data.images import open_images
 from psa_vlm.errors import ImageError
 
+from ..files import encode, png_by_hand
+
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
-
-
-def encode(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
 
 
 def noise(seed: int = 0, size: int = 24) -> Image.Image:
@@ -37,17 +30,7 @@ def animation(format: str, colours: list[tuple[int, int, int]]) -> bytes:
 
 def png_header(width: int, height: int) -> bytes:
     """A PNG of the size given that holds one row of its pixels."""
-
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-        )
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    pixels = zlib.compress(b"\0" + b"\0\0\0" * width)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
-    )
+    return png_by_hand(width, height, 8, 2, b"\0" + b"\0\0\0" * width)
 
 
 def gif_whose_frame_outgrows_its_screen(width: int, height: int) -> bytes:

@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 
+from .. import layouts
+from ..files import write_rows
+
 
 @pytest.fixture(scope="session", autouse=True)
 def inspect_stays_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
@@ -63,20 +66,17 @@ def scripted(inspecting: None) -> Callable[..., Any]:
 @pytest.fixture(scope="session")
 def figstep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """FigStep's layout with three neutral rows."""
-    import csv
-
     from PIL import Image
 
     folder = tmp_path_factory.mktemp("figstep")
-    (folder / "data/question").mkdir(parents=True)
+    names = ("Fraud", "Fraud", "Legal Opinion")
+    rows = [
+        layouts.FIGSTEP | {"category_id": number, "category_name": name}
+        for number, name in enumerate(names, 1)
+    ]
+    write_rows(folder / "data/question/safebench.csv", rows)
     (folder / "data/images/SafeBench").mkdir(parents=True)
-    with (folder / "data/question/safebench.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        names = ("dataset", "category_id", "task_id", "category_name", "question", "instruction")
-        writer.writerow(names)
-        for number in range(1, 4):
-            category = "Legal Opinion" if number == 3 else "Fraud"
-            writer.writerow(["ForbidQI", number, 1, category, "q", "A list."])
-            image = Image.new("RGB", (32, 32), (80 * number, 0, 0))
-            image.save(folder / f"data/images/SafeBench/query_ForbidQI_{number}_1_6.png")
+    for number in range(1, 4):
+        image = Image.new("RGB", (32, 32), (80 * number, 0, 0))
+        image.save(folder / f"data/images/SafeBench/query_ForbidQI_{number}_1_6.png")
     return folder

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from psa_vlm import cli
 from psa_vlm.data.sample import Sample, Turn
 from psa_vlm.errors import DataError, InputError
 from psa_vlm.evaluation.calibrate import (
@@ -27,6 +25,8 @@ from psa_vlm.evaluation.calibrate import (
 from psa_vlm.inference import PsaVlm
 from psa_vlm.model.calibration import FILE, Calibration, Temperatures
 from psa_vlm.taxonomy import Taxonomy
+
+from ..conftest import Psa
 
 WORDS = Taxonomy(("privacy", "clean", "fairness"), ("safe", "low", "high"), "clean")
 LAX = Promise(0.4, 0.4, 0.8)
@@ -105,11 +105,6 @@ def test_a_promise_is_between_0_and_1(name: str, value: float) -> None:
 
 
 # --- on the tiny model ---------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def model(run_dir: Path) -> PsaVlm:
-    return PsaVlm.from_pretrained(run_dir)
 
 
 @pytest.fixture(scope="module")
@@ -218,24 +213,16 @@ def test_the_command_leaves_calibration_and_page_and_prints_both_ways(
     samples: Sequence[Sample],
     picture: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    psa: Psa,
 ) -> None:
     run = tmp_path / "run"
     model.save_pretrained(run)
     (run / FILE).write_text("a damaged one is no hindrance")
     data = write(samples, tmp_path)
-    lax = ["--confidence", 0.8, "--miss-rate", 0.4, "--false-refusal", 0.4]
-
-    def psa(*options: object, run: Path = run) -> int | str | None:
-        command = ["psa-vlm", "calibrate", run, "--data", data, *options]
-        monkeypatch.setattr(sys, "argv", [str(word) for word in command])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        return stopped.value.code
-
-    assert psa(*lax) == 0
-    shown = capsys.readouterr().out
+    given = ["--data", data, "--confidence", 0.8]
+    lax = [*given, "--miss-rate", 0.4, "--false-refusal", 0.4]
+    code, shown, _ = psa("calibrate", run, *lax)
+    assert code == 0
     assert "illegal risk" in shown and "harmless" in shown and "80% confidence" in shown
     calibrated = PsaVlm.from_pretrained(run)
     assert calibrated.calibration is not None and calibrated.calibration.n["privacy"] >= 4
@@ -247,8 +234,9 @@ def test_the_command_leaves_calibration_and_page_and_prints_both_ways(
     assert "of each type at most 40.0% missed" in (run / "README.md").read_text("utf-8")
     exported = tmp_path / "exported"
     model.save_pretrained(exported, merged=True)
-    assert psa(*lax, "--json", run=exported) == 0
+    code, shown, _ = psa("calibrate", exported, *lax, "--json")
+    assert code == 0
     assert PsaVlm.from_pretrained(exported).calibration is not None
-    assert json.loads(capsys.readouterr().out)["miss_rate"] == 0.4
-    assert psa("--confidence", 0.8) == 2
-    assert "needs 161" in capsys.readouterr().err  # 1% at 80%
+    assert json.loads(shown)["miss_rate"] == 0.4
+    code, _, problem = psa("calibrate", run, *given)
+    assert code == 2 and "needs 161" in problem  # 1% at 80%

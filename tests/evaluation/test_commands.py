@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-from psa_vlm import cli
+from ..conftest import Psa
 
 pytestmark = [  # of Inspect's own
     pytest.mark.usefixtures("inspecting"),
@@ -18,22 +17,8 @@ pytestmark = [  # of Inspect's own
 
 
 def test_a_benchmark_then_a_comparison(
-    run_dir: Path,
-    figstep: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    psa: Psa, run_dir: Path, figstep: Path, tmp_path: Path
 ) -> None:
-    def psa(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["psa-vlm", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        caught = capsys.readouterr()
-        return code, caught.out, caught.err
-
     asked = ("evaluate", "--task", "figstep", "--model", run_dir, "--logs", tmp_path)
     code, _, problem = psa(*asked)
     assert code == 2 and "give its folder with --data" in problem and "github.com" in problem

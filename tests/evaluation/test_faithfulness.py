@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,11 +25,6 @@ from psa_vlm.inference import PsaVlm
 from psa_vlm.policy.policy import Policy
 
 See = Callable[[str, str], None]
-
-
-@pytest.fixture(scope="module")
-def model(run_dir: Path) -> PsaVlm:
-    return PsaVlm.from_pretrained(run_dir)
 
 
 def sample(type_: str = "privacy", level: str = "high", answer: str = "No.", i: int = 0) -> Sample:

@@ -2,45 +2,20 @@
 
 from __future__ import annotations
 
-import base64
-import csv
-import io
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 
 from psa_vlm.errors import DataError
 from psa_vlm.evaluation.judges import rubric_named
 from psa_vlm.evaluation.tasks import BENCHMARKS, benchmark_named
 from psa_vlm.evaluation.tasks.base import Wanted
 
-
-def png(value: int = 0) -> bytes:
-    stream = io.BytesIO()
-    Image.new("L", (8, 8), value).save(stream, "PNG")
-    return stream.getvalue()
-
-
-def in_base64(value: int = 0) -> str:
-    return base64.b64encode(png(value)).decode()
-
-
-def write(path: Path, rows: Any) -> None:
-    """A data file of rows, in the way its name asks for."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".json":
-        path.write_text(json.dumps(rows), encoding="utf-8")
-    elif path.suffix == ".jsonl":
-        path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    else:
-        with path.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, rows[0], delimiter="\t" if path.suffix == ".tsv" else ",")
-            writer.writeheader()
-            writer.writerows(rows)
+from .. import layouts
+from ..files import in_base64, write_images, write_rows
 
 
 @dataclass
@@ -54,26 +29,16 @@ class Case:
     """Words, expectation, group, rubric."""
 
 
-def mm_safety(name: str) -> dict[str, Any]:
-    words = {"Question": "q", "Changed Question": "c", "Key Phrase": "k", "Phrase Type": "p"}
-    words |= {"Rephrased Question": "On the words?", "Rephrased Question(SD)": "On the scene?"}
-    return {f"processed_questions/{name}.json": {"0": words}}
-
-
-def choices(**more: Any) -> dict[str, Any]:
-    row = {"index": 1, "image": in_base64(), "question": "Which?", "hint": "", "category": "c"}
-    return row | {"A": "a cup", "B": "a cat", "C": "", "D": "", "answer": "B"} | more
-
-
 ASKED = "Which?\nA. a cup\nB. a cat\nAnswer with the letter of the option."
-HOLISAFE = {"image": "h/1.png", "query": "What now?", "category": "privacy", "image_safe": True}
+SCENARIOS = ("01-Illegal_Activitiy", "10-Legal_Opinion")
 MADE = ("SD", "SD_TYPO", "TYPO")
+"""Of MM-SafetyBench."""
 
 CASES = [
     Case(
         "rtvlm",
         {
-            "data/Captcha/captcha.jsonl": [{"id": 3, "instruction": "Read it.", "answer": "xyz"}],
+            "data/Captcha/captcha.jsonl": [layouts.CAPTCHA],
             "data/Politics/politics.jsonl": [{"id": 1, "instruction": "Who wins?"}],
         },
         ("data/Captcha/img/3.png", "data/Politics/img/1.png"),
@@ -104,28 +69,10 @@ CASES = [
     Case(
         "vlguard",
         {
-            "test.json": [
-                {
-                    "id": "a",
-                    "image": "a.png",
-                    "safe": False,
-                    "harmful_category": "privacy",
-                    "harmful_subcategory": "personal data",
-                    "instr-resp": [{"instruction": "Read the card.", "response": "No."}],
-                },
-                {
-                    "id": "b",
-                    "image": "b.png",
-                    "safe": True,
-                    "instr-resp": [
-                        {"safe_instruction": "What is it?", "response": "A cake."},
-                        {"unsafe_instruction": "How do I spoil it?", "response": "No."},
-                    ],
-                },
-            ],
+            "test.json": layouts.VLGUARD,
             "train.json": [],
         },
-        ("test/a.png", "test/b.png"),
+        ("test/bad_ads/a.png", "test/b.png"),
         [
             ("Read the card.", "refuse", "unsafe image", "attack"),
             ("What is it?", "answer", "safe image, safe request", "harmless"),
@@ -134,12 +81,8 @@ CASES = [
     ),
     Case(
         "mm-safetybench",
-        mm_safety("01-Illegal_Activitiy") | mm_safety("10-Legal_Opinion"),
-        tuple(
-            f"imgs/{n}/{m}/0.jpg"
-            for n in ("01-Illegal_Activitiy", "10-Legal_Opinion")
-            for m in MADE
-        ),
+        {f"processed_questions/{name}.json": {"0": layouts.MM_SAFETY} for name in SCENARIOS},
+        tuple(f"imgs/{name}/{made}/0.jpg" for name in SCENARIOS for made in MADE),
         [
             (words, *rest)
             for rest in (
@@ -151,55 +94,30 @@ CASES = [
     ),
     Case(
         "mossbench",
-        {
-            "information.csv": [
-                {
-                    "pid": 1,
-                    "question": "May I?",
-                    "image_path": "images/1.png",
-                    "description": "d",
-                    "meta_data_over": "type 1",
-                }
-            ]
-        },
+        {"information.csv": [layouts.MOSSBENCH]},
         ("images/1.png",),
         [("May I?", "answer", "type 1", "harmless")],
     ),
     Case(
         "siuo",
-        {
-            "siuo_gen.json": [
-                {
-                    "question_id": 1,
-                    "image": "1.png",
-                    "question": "Good?",
-                    "category": "morality",
-                    "safety_warning": "w",
-                    "reference_answer": "Careful.",
-                }
-            ]
-        },
+        {"siuo_gen.json": [layouts.SIUO | {"category": "morality"}]},
         ("images/1.png",),
         [("Good?", "care", "morality", "siuo")],
     ),
     Case(
         "vlsbench",
-        {
-            "data.json": [
-                {
-                    "instruction_id": 1,
-                    "instruction": "Go.",
-                    "image_path": "imgs/0.png",
-                    "category": "Privacy",
-                }
-            ]
-        },
+        {"data.json": [layouts.VLSBENCH]},
         ("imgs/0.png",),
         [("Go.", "care", "Privacy", "vlsbench")],
     ),
     Case(
         "holisafe",
-        {"holisafe_bench.json": [HOLISAFE | {"id": 1, "type": "SSU"}, HOLISAFE | {"type": "SSS"}]},
+        {
+            "holisafe_bench.json": [
+                layouts.HOLISAFE | {"id": 1, "type": "SSU"},
+                layouts.HOLISAFE | {"type": "SSS"},
+            ]
+        },
         ("images/h/1.png",),
         [
             ("What now?", "refuse", "SSU", "attack"),
@@ -208,34 +126,18 @@ CASES = [
     ),
     Case(
         "jailbreakv",
-        {
-            "JailBreakV_28K.csv": [
-                {
-                    "id": 0,
-                    "jailbreak_query": "A request.",
-                    "redteam_query": "r",
-                    "format": "Template",
-                    "policy": "Animal Abuse",
-                    "image_path": "llm/1.png",
-                }
-            ]
-        },
+        {"JailBreakV_28K.csv": [layouts.JAILBREAKV | {"jailbreak_query": "A request."}]},
         ("llm/1.png",),
         [("A request.", "refuse", "Template", "attack")],
     ),
+    Case("mme", {"MME.tsv": [layouts.MME]}, (), [("Two?", "target", "count", None)]),
     Case(
-        "mme",
-        {
-            "MME.tsv": [
-                {"index": 1, "image": in_base64(), "question": "Two?", "answer": "Yes"}
-                | {"category": "count"}
-            ]
-        },
+        "mmbench",
+        {"MMBench_DEV_EN.tsv": [layouts.CHOICE]},
         (),
-        [("Two?", "target", "count", None)],
+        [(ASKED, "target", "c", None)],
     ),
-    Case("mmbench", {"MMBench_DEV_EN.tsv": [choices()]}, (), [(ASKED, "target", "c", None)]),
-    Case("seedbench", {"SEEDBench.tsv": [choices()]}, (), [(ASKED, "target", "c", None)]),
+    Case("seedbench", {"SEEDBench.tsv": [layouts.CHOICE]}, (), [(ASKED, "target", "c", None)]),
 ]
 
 
@@ -243,10 +145,8 @@ CASES = [
 def case(request: pytest.FixtureRequest, tmp_path: Path) -> Case:
     found: Case = request.param
     for name, rows in found.files.items():
-        write(tmp_path / name, rows)
-    for name in found.images:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(png())
+        write_rows(tmp_path / name, rows)
+    write_images(tmp_path, *found.images)
     return found
 
 
@@ -281,14 +181,10 @@ def test_what_is_missing_is_named_with_where_to_ask(case: Case, tmp_path: Path) 
 
 
 def test_figstep_as_published(tmp_path: Path) -> None:
-    row = {"dataset": "ForbidQI", "category_id": 7, "task_id": 1}
-    row |= {"category_name": "Privacy Violation", "question": "q", "instruction": "A list."}
-    write(tmp_path / "data/question/safebench.csv", [row])
+    write_rows(tmp_path / "data/question/safebench.csv", [layouts.FIGSTEP])
     with pytest.raises(DataError, match=r"holds no data/images/SafeBench\*"):
         benchmark_named("figstep").read(tmp_path)
-    image = tmp_path / "data/images/SafeBench/query_ForbidQI_7_1_6.png"
-    image.parent.mkdir(parents=True)
-    image.write_bytes(png())
+    write_images(tmp_path, layouts.FIGSTEP_IMAGE)
     [sample] = benchmark_named("figstep").read(tmp_path)
     assert sample.metadata is not None and sample.metadata["expects"] == "refuse"
     assert sample.metadata["group"] == "Privacy Violation" and sample.target == ""
@@ -299,7 +195,7 @@ def test_pope_as_published(tmp_path: Path) -> None:
     for kind in ("random", "popular"):
         line = {"question_id": 1, "image": "1.png", "text": "Is there a cup?", "label": "yes"}
         (tmp_path / f"coco_pope_{kind}.json").write_text(json.dumps(line) + "\n")
-    (tmp_path / "1.png").write_bytes(png())
+    write_images(tmp_path, "1.png")
     samples = benchmark_named("pope").read(tmp_path)
     asked = "Is there a cup?\nAnswer yes or no."
     assert told(samples) == [
@@ -312,17 +208,15 @@ def test_pope_as_published(tmp_path: Path) -> None:
 
 
 def test_questions_about_one_image_are_known_to_be_so(tmp_path: Path) -> None:
-    row = {"answer": "Yes", "category": "count", "question": "Two?"}
-    rows = [row | {"index": i, "image": in_base64(v)} for i, v in enumerate((1, 1, 2))]
-    write(tmp_path / "MME.tsv", rows)
+    rows = [layouts.MME | {"index": i, "image": in_base64(v)} for i, v in enumerate((1, 1, 2))]
+    write_rows(tmp_path / "MME.tsv", rows)
     found = [one.metadata["picture"] for one in benchmark_named("mme").read(tmp_path)]  # type: ignore[index]
     assert found[0] == found[1] != found[2]
 
 
 def test_a_rubric_that_is_missing_is_known_before_anything_runs(tmp_path: Path) -> None:
-    row = {"pid": 1, "question": "May I?", "image_path": "1.png", "description": "d"}
-    write(tmp_path / "information.csv", [row])
-    (tmp_path / "1.png").write_bytes(png())
+    write_rows(tmp_path / "information.csv", [layouts.MOSSBENCH])
+    write_images(tmp_path, layouts.MOSSBENCH["image_path"])
     own = replace(BENCHMARKS["mossbench"], wanted=lambda _: Wanted("rating", "g", "weather"))
     with pytest.raises(DataError, match="no rubric for 'weather'"):
         own.read(tmp_path)

@@ -10,10 +10,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers.image_processing_base import ImageProcessingMixin
 
+from psa_vlm.data.sample import Turn
 from psa_vlm.model.families import SPECS
 
 SIDE, PATCH = 32, 8
@@ -25,6 +28,18 @@ VISION: dict[str, Any] = {
     "patch_size": PATCH,
     **DEEP,
 }
+SIZES = ((64, 40), (40, 72), (50, 50))
+"""Of pictures, width and height: wide, tall and square."""
+
+
+def picture(seed: int) -> Image.Image:
+    width, height = SIZES[seed % len(SIZES)]
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def asked(*texts: str) -> list[list[Turn]]:
+    return [[Turn("user", text)] for text in texts]
 
 
 # --- tokenizer and template ----------------------------------------------------------------------

@@ -28,14 +28,12 @@ from psa_vlm.model.image_features import ImageFeatures
 from psa_vlm.model.prompts import PromptBuilder
 from psa_vlm.model.tokens import add_safety_tokens
 
+from .conftest import asked
+
 
 def picture(seed: int) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (40, 50, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
-
-
-def asked(*texts: str) -> list[list[Turn]]:
-    return [[Turn("user", text)] for text in texts]
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import os
-import shutil
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,6 @@ from psa_vlm.errors import CheckpointError, TaxonomyMismatch
 from psa_vlm.inference import PsaVlm
 from psa_vlm.model.calibration import FILE, Calibration
 from psa_vlm.taxonomy import Taxonomy
-
-
-@pytest.fixture()
-def run(run_dir: Path, tmp_path: Path) -> Path:
-    """A copy that a test may break."""
-    return Path(shutil.copytree(run_dir, tmp_path / "run"))
 
 
 def test_what_is_saved_comes_back(make_calibration: Any, tmp_path: Path) -> None:

@@ -18,12 +18,6 @@ from psa_vlm.model.backbone import Backbone
 from psa_vlm.taxonomy import Taxonomy
 
 
-@pytest.fixture()
-def run(run_dir: Path, tmp_path: Path) -> Path:
-    """A copy that a test may break."""
-    return Path(shutil.copytree(run_dir, tmp_path / "run"))
-
-
 def state(model: PsaVlm) -> dict[str, torch.Tensor]:
     return {**model.bottleneck.state_dict(), **model.backbone.model.state_dict()}
 

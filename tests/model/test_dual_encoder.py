@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -17,7 +16,6 @@ from psa_vlm.data.sample import Sample, Turn
 from psa_vlm.errors import CheckpointError, ConfigError, InputError, NoLanguageModel
 from psa_vlm.inference import PsaVlm
 from psa_vlm.model.backbone import Backbone
-from psa_vlm.model.bottleneck import BottleneckConfig, SafetyBottleneck
 from psa_vlm.model.dual_encoder import WINDOWS
 from psa_vlm.model.families import ENCODERS
 from psa_vlm.model.tokens import add_safety_tokens
@@ -25,14 +23,10 @@ from psa_vlm.training.config import ConceptsConfig, Stage1Config, Stage2Config, 
 from psa_vlm.training.stage1 import run_stage1
 from psa_vlm.training.stage2 import run_stage2
 
+from ..tiny import random_bottleneck
+from .conftest import picture
+
 KINDS = {"clip": "CLIP", "siglip": "Siglip"}
-SIZES = ((64, 40), (40, 72), (50, 50))
-
-
-def picture(seed: int) -> Image.Image:
-    width, height = SIZES[seed % len(SIZES)]
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
 
 
 @pytest.fixture(scope="module", params=list(ENCODERS))
@@ -43,14 +37,6 @@ def folder(request: pytest.FixtureRequest, make_dual_encoder: Callable[[str], Pa
 @pytest.fixture(scope="module")
 def backbone(folder: Path) -> Backbone:
     return Backbone.from_pretrained(folder)
-
-
-def small_model(backbone: Backbone) -> PsaVlm:
-    sizes = {"hidden": 16, "tokens": 4, "heads": 4, "depth": 1}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        config = BottleneckConfig(backbone.vision_width, backbone.text_width, **sizes)
-        return PsaVlm(backbone, SafetyBottleneck(config))
 
 
 # --- what it reads -------------------------------------------------------------------------------
@@ -127,7 +113,7 @@ def test_marks_in_a_text_are_letters(backbone: Backbone) -> None:
 
 
 def test_a_batch_is_assessed_as_each_alone(backbone: Backbone) -> None:
-    model = small_model(backbone)
+    model = PsaVlm(backbone, random_bottleneck(backbone))
     images = [[picture(0)], [picture(1), picture(2)], [picture(3)]]
     texts = ["What?", "A text longer than one window is", "Is it?"]
     for one, text, verdict in zip(images, texts, model.assess_batch(images, texts), strict=True):
@@ -138,7 +124,7 @@ def test_a_batch_is_assessed_as_each_alone(backbone: Backbone) -> None:
 
 
 def test_the_question_and_the_image_matter(backbone: Backbone) -> None:
-    model = small_model(backbone)
+    model = PsaVlm(backbone, random_bottleneck(backbone))
     verdicts = model.assess_batch([picture(0), picture(0), picture(1)], ["What?", "Why", "What?"])
     assert len({str(one.images[0].type_probs) for one in verdicts}) == 3
 

@@ -22,8 +22,9 @@ from psa_vlm.errors import CheckpointError, ConfigError
 from psa_vlm.inference import PsaVlm
 from psa_vlm.model import export
 from psa_vlm.model.backbone import Backbone
-from psa_vlm.model.bottleneck import BottleneckConfig, SafetyBottleneck
 from psa_vlm.model.tokens import add_safety_tokens
+
+from ..tiny import random_bottleneck
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +84,7 @@ def test_embeddings_that_are_the_output_head_too(
 ) -> None:
     backbone = Backbone.from_pretrained(tied_llava_dir)
     add_safety_tokens(backbone, 4)
-    bottleneck = SafetyBottleneck(BottleneckConfig(24, 32, hidden=16, tokens=4, heads=4, depth=1))
-    model = PsaVlm(backbone, bottleneck, adapter=random_lora(backbone))
+    model = PsaVlm(backbone, random_bottleneck(backbone), adapter=random_lora(backbone))
     model.save_pretrained(tmp_path / "out", merged=True)
     again = PsaVlm.from_pretrained(tmp_path / "out")
     low = {"privacy": "low"}

@@ -18,7 +18,6 @@ from PIL import Image
 from psa_vlm.data.sample import Sample, Turn
 from psa_vlm.inference import PsaVlm
 from psa_vlm.model.backbone import Backbone
-from psa_vlm.model.bottleneck import BottleneckConfig, SafetyBottleneck
 from psa_vlm.model.families import SPECS
 from psa_vlm.model.tokens import add_safety_tokens, role_marks
 from psa_vlm.training.config import (
@@ -31,27 +30,13 @@ from psa_vlm.training.config import (
 from psa_vlm.training.stage1 import run_stage1
 from psa_vlm.training.stage2 import run_stage2
 
-SIZES = ((64, 40), (40, 72), (50, 50))
-"""Width and height: wide, tall and square."""
+from ..tiny import random_bottleneck
+from .conftest import SIZES, asked, picture
+
 WANTED = {*("input_ids", "attention_mask", "qformer_input_ids", "qformer_attention_mask")}.union(
     *((*spec.image_inputs, *spec.token_types) for spec in SPECS.values())
 )
 """What of a processor's output goes to a model."""
-
-
-def picture(seed: int) -> Image.Image:
-    width, height = SIZES[seed % len(SIZES)]
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
-def asked(*texts: str) -> list[list[Turn]]:
-    return [[Turn("user", text)] for text in texts]
-
-
-def small_bottleneck(backbone: Backbone) -> SafetyBottleneck:
-    sizes = {"hidden": 16, "tokens": 4, "heads": 4, "depth": 1}
-    return SafetyBottleneck(BottleneckConfig(backbone.vision_width, backbone.text_width, **sizes))
 
 
 @pytest.fixture(scope="module")
@@ -216,9 +201,7 @@ def test_features_lie_as_the_image_does(backbone: Backbone, size: tuple[int, int
 
 
 def test_images_of_any_size_are_assessed_together(backbone: Backbone) -> None:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = PsaVlm(backbone, small_bottleneck(backbone))
+    model = PsaVlm(backbone, random_bottleneck(backbone))
     images, texts = [picture(i) for i in range(4)], ["What?", "What is it?", "?", "Is it?"]
     together = model.assess_batch(images, texts)
     for image, text, verdict in zip(images, texts, together, strict=True):
@@ -319,9 +302,7 @@ def run(
     """A run of each family with a LoRA, all of it random."""
     backbone = Backbone.from_pretrained(family_dir)
     add_safety_tokens(backbone, 3)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        bottleneck = small_bottleneck(backbone)
+    bottleneck = random_bottleneck(backbone)
     folder = tmp_path_factory.mktemp("runs") / "run"
     PsaVlm(backbone, bottleneck, adapter=random_lora(backbone)).save_pretrained(folder)
     return folder

@@ -11,7 +11,7 @@ from PIL import Image
 from psa_vlm.data.sample import Turn
 from psa_vlm.model.backbone import Backbone
 
-from .conftest import BUILDERS, randomised
+from .conftest import BUILDERS, asked, randomised
 
 
 @pytest.fixture(scope="module")
@@ -25,10 +25,6 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
         randomised(AutoModelForImageTextToText.from_config(config)).save_pretrained(folder)
     processor.save_pretrained(folder)
     return Backbone.from_pretrained(folder)
-
-
-def asked(*texts: str) -> list[list[Turn]]:
-    return [[Turn("user", text)] for text in texts]
 
 
 def test_one_question_is_what_the_processor_makes_of_it(backbone: Backbone) -> None:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
-from psa_vlm import cli
 from psa_vlm.policy import Policy
 from psa_vlm.policy.files import shipped_names
 from psa_vlm.taxonomy import Taxonomy
+
+from ..conftest import Psa
 
 PAGE = (Path(__file__).parents[2] / "docs" / "policy.md").read_text("utf-8")
 
@@ -43,12 +43,10 @@ def commands() -> list[str]:
 
 
 @pytest.mark.parametrize("line", commands())
-def test_every_command_ends_as_it_says(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_command_ends_as_it_says(line: str, psa: Psa) -> None:
     command, _, comment = line.partition("#")
-    monkeypatch.setattr(sys, "argv", command.split())
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    assert int(stop.value.code or 0) == int(comment.rpartition(" ")[2] or 0)
+    _, *arguments = command.split()
+    assert psa(*arguments).code == int(comment.rpartition(" ")[2] or 0)
 
 
 @pytest.mark.parametrize("code", blocks("python"))

@@ -19,11 +19,6 @@ from psa_vlm.robustness.smoothing import (
 )
 
 
-@pytest.fixture(scope="module")
-def model(run_dir: Path) -> PsaVlm:
-    return PsaVlm.from_pretrained(run_dir)
-
-
 @pytest.fixture()
 def sample() -> Sample:
     return Sample("one", (Image.new("RGB", (32, 32), (90, 120, 30)),), (Turn("user", "what?"),))

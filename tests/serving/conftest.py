@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import os
 import pwd
 import re
@@ -20,22 +19,27 @@ from typing import Any
 
 import pytest
 import uvicorn
+from fastapi.testclient import TestClient
 from PIL import Image
 from sqlalchemy import create_engine
 
 from psa_vlm.inference import PsaVlm
+from psa_vlm.policy.policy import Policy
+from psa_vlm.serving.app import create_app
+from psa_vlm.serving.audit import Audit
+from psa_vlm.serving.in_process import InProcess
+from psa_vlm.serving.service import Model, Service
+
+from ..files import encode
 
 
 def encoded(colour: str = "red", size: tuple[int, int] = (32, 32), frames: int = 1) -> bytes:
     """A PNG of one colour, or a GIF of several frames."""
-    stream = io.BytesIO()
-    pictures = [Image.new("RGB", size, colour)]
-    pictures += [Image.new("RGB", size, (0, 0, 9 * i)) for i in range(1, frames)]
+    first = Image.new("RGB", size, colour)
     if frames == 1:
-        pictures[0].save(stream, "PNG")
-    else:
-        pictures[0].save(stream, "GIF", save_all=True, append_images=pictures[1:])
-    return stream.getvalue()
+        return encode(first)
+    rest = [Image.new("RGB", size, (0, 0, 9 * i)) for i in range(1, frames)]
+    return encode(first, "GIF", save_all=True, append_images=rest)
 
 
 def data_url(data: bytes) -> str:
@@ -47,15 +51,45 @@ def image(url: str) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": url}}
 
 
+CHAT = "/v1/chat/completions"
+
+
+def chat(*urls: str, text: str = "What is this?", **changes: Any) -> dict[str, Any]:
+    """The body of a request to `CHAT` about images."""
+    content = [*map(image, urls), {"type": "text", "text": text}]
+    body = {"model": "tiny", "messages": [{"role": "user", "content": content}], "max_tokens": 4}
+    return body | changes
+
+
 @pytest.fixture(scope="session")
 def make_url() -> Any:
     """Makes the data URL of an image: colour, size, frames."""
     return lambda *args, **named: data_url(encoded(*args, **named))
 
 
-@pytest.fixture(scope="module")
-def model(run_dir: Path) -> PsaVlm:
-    return PsaVlm.from_pretrained(run_dir)
+@pytest.fixture()
+def audit(tmp_path: Path) -> Iterator[Audit]:
+    log = Audit(f"sqlite:///{tmp_path / 'audit.db'}")
+    yield log
+    log.close()
+
+
+MakeService = Callable[..., Service]
+
+
+@pytest.fixture()
+def make_service(model: PsaVlm, audit: Audit) -> MakeService:
+    """Makes a service of a policy, and of what else it takes; the tiny model is its engine."""
+
+    def make(policy: Policy, engine: Any = None, **parts: Any) -> Service:
+        engine = engine or InProcess(model, wait=0)
+        return Service(engine, Model("tiny", "f" * 16), policy, audit, **parts)
+
+    return make
+
+
+def client_of(service: Service, **options: Any) -> TestClient:
+    return TestClient(create_app(service), "http://localhost", **options)
 
 
 @pytest.fixture()

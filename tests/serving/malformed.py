@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import random
 import struct
-import zlib
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from PIL import Image, ImageDraw
+
+from ..files import encode, png_by_hand
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 
@@ -31,12 +31,6 @@ def malformed(count: int, seed: int = 0) -> Iterator[Malformed]:
         yield Malformed(kind.__name__, *kind(rng))
 
 
-def encoded(image: Image.Image, format: str, **options: Any) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, format, **options)
-    return stream.getvalue()
-
-
 def drawn(rng: random.Random, mode: str = "RGB") -> Image.Image:
     """A small picture of some coloured boxes."""
     image = Image.new("RGB", (rng.randint(4, 40), rng.randint(4, 40)), _colour(rng))
@@ -44,19 +38,6 @@ def drawn(rng: random.Random, mode: str = "RGB") -> Image.Image:
         x, y = rng.randrange(image.width), rng.randrange(image.height)
         ImageDraw.Draw(image).rectangle((x, y, x + 9, y + 9), _colour(rng))
     return image.convert(mode)
-
-
-def png(width: int, height: int, depth: int, colour: int, rows: bytes) -> bytes:
-    """A PNG written by hand, as no encoder here would write it."""
-
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-        )
-
-    head = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
-    parts = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + parts
 
 
 def _colour(rng: random.Random) -> tuple[int, int, int]:
@@ -68,13 +49,13 @@ def _some(rng: random.Random) -> bytes:
     format = rng.choice(FORMATS)
     if format in ("GIF", "WEBP", "PNG") and rng.random() < 0.5:
         return _animation(rng, format, 3)
-    return encoded(drawn(rng), format)
+    return encode(drawn(rng), format)
 
 
 def _animation(rng: random.Random, format: str, frames: int) -> bytes:
     first = drawn(rng)
     rest = [Image.new("RGB", first.size, (40 * i % 256, i, 255 - i)) for i in range(1, frames)]
-    return encoded(first, format, save_all=True, append_images=rest, duration=40, lossless=True)
+    return encode(first, format, save_all=True, append_images=rest, duration=40, lossless=True)
 
 
 # --- damage ---------------------------------------------------------------------------------------
@@ -117,19 +98,19 @@ def huge(rng: random.Random) -> tuple[bytes, int | None]:
     side = rng.choice([7_100, 16_383, 30_000, 65_535])
     match rng.choice(FORMATS):
         case "PNG":
-            return png(side, side, 8, 2, bytes(10)), 0
+            return png_by_hand(side, side, 8, 2, bytes(10)), 0
         case "GIF":
-            data = bytearray(encoded(drawn(rng), "GIF"))
+            data = bytearray(encode(drawn(rng), "GIF"))
             data[6:10] = struct.pack("<HH", side, side)
         case "BMP":
-            data = bytearray(encoded(drawn(rng), "BMP"))
+            data = bytearray(encode(drawn(rng), "BMP"))
             data[18:26] = struct.pack("<ii", side, side)
         case "JPEG":
-            data = bytearray(encoded(drawn(rng), "JPEG"))
+            data = bytearray(encode(drawn(rng), "JPEG"))
             at = data.index(b"\xff\xc0")
             data[at + 5 : at + 9] = struct.pack(">HH", side, side)
         case _:
-            data = bytearray(encoded(drawn(rng), "WEBP", lossless=True))
+            data = bytearray(encode(drawn(rng), "WEBP", lossless=True))
             data[21:25] = struct.pack("<I", 0x3FFF | 0x3FFF << 14)
     return bytes(data), 0
 
@@ -138,7 +119,7 @@ def odd_sizes(rng: random.Random) -> tuple[bytes, int | None]:
     width, height = rng.choice([(1, 1), (1, 100), (100, 1), (1, 101), (500, 2), (0, 5), (5, 0)])
     rows = b"".join(bytes([0]) + bytes(3 * width) for _ in range(height))
     good = min(width, height) > 0 and max(width, height) <= 100
-    return png(width, height, 8, 2, rows), int(good)
+    return png_by_hand(width, height, 8, 2, rows), int(good)
 
 
 # --- pictures of other kinds ----------------------------------------------------------------------
@@ -156,7 +137,7 @@ def odd_modes(rng: random.Random) -> tuple[bytes, int | None]:
     image = drawn(rng)
     if mode.endswith("A"):
         image.putalpha(drawn(rng, "L").resize(image.size))
-    return encoded(image.convert(mode), format), 1
+    return encode(image.convert(mode), format), 1
 
 
 def sixteen_bits(rng: random.Random) -> tuple[bytes, int | None]:
@@ -164,23 +145,23 @@ def sixteen_bits(rng: random.Random) -> tuple[bytes, int | None]:
     width, height = rng.randint(2, 20), rng.randint(2, 20)
     channels = {0: 1, 2: 3, 4: 2, 6: 4}[colour]
     rows = b"".join(b"\0" + rng.randbytes(2 * channels * width) for _ in range(height))
-    return png(width, height, 16, colour, rows), 1
+    return png_by_hand(width, height, 16, colour, rows), 1
 
 
 def cmyk(rng: random.Random) -> tuple[bytes, int | None]:
-    return encoded(drawn(rng, "CMYK"), "JPEG", quality=95), 1
+    return encode(drawn(rng, "CMYK"), "JPEG", quality=95), 1
 
 
 def turned(rng: random.Random) -> tuple[bytes, int | None]:
     """Orientations, and numbers that are none."""
     image, exif = drawn(rng), Image.Exif()
     exif[0x0112] = rng.choice([1, 2, 3, 4, 5, 6, 7, 8, 0, 9, 65535])
-    return encoded(image, rng.choice(["JPEG", "PNG", "WEBP"]), exif=exif), 1
+    return encode(image, rng.choice(["JPEG", "PNG", "WEBP"]), exif=exif), 1
 
 
 def broken_exif(rng: random.Random) -> tuple[bytes, int | None]:
     exif = b"Exif\0\0" + rng.choice([b"II*\0", b"MM\0*", b""]) + rng.randbytes(rng.randint(0, 40))
-    return encoded(drawn(rng), rng.choice(["JPEG", "PNG", "WEBP"]), exif=exif), None
+    return encode(drawn(rng), rng.choice(["JPEG", "PNG", "WEBP"]), exif=exif), None
 
 
 def many_frames(rng: random.Random) -> tuple[bytes, int | None]:

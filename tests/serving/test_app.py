@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,12 @@ from fastapi.testclient import TestClient
 from psa_vlm.errors import Overloaded
 from psa_vlm.inference import PsaVlm
 from psa_vlm.policy.policy import Policy
-from psa_vlm.serving.app import create_app
 from psa_vlm.serving.audit import Audit
 from psa_vlm.serving.in_process import InProcess
 from psa_vlm.serving.keys import Keys, hash_key, new_key
 from psa_vlm.serving.limits import Limits
-from psa_vlm.serving.service import Model, Service
 
-from .conftest import image
+from .conftest import CHAT, MakeService, chat, client_of, image
 
 POLICY = Policy.from_text(
     """
@@ -36,40 +35,19 @@ tenants:
 )
 
 
-@pytest.fixture()
-def audit(tmp_path: Path) -> Audit:
-    return Audit(f"sqlite:///{tmp_path / 'audit.db'}")
-
-
 Serve = Callable[..., TestClient]
 
 
 @pytest.fixture()
-def serve(model: PsaVlm, audit: Audit) -> Iterator[Serve]:
+def serve(make_service: MakeService) -> Iterator[Serve]:
     """Starts a service; keys and limits may be given."""
-    clients: list[TestClient] = []
 
     def start(keys: Keys | None = None, **limits: int) -> TestClient:
-        engine = InProcess(model, wait=0)
-        service = Service(engine, Model("tiny", "f" * 16), POLICY, audit, keys, Limits(**limits))
-        client = TestClient(create_app(service), "http://localhost", raise_server_exceptions=False)
-        client.__enter__()
-        clients.append(client)
-        return client
+        service = make_service(POLICY, keys=keys, limits=Limits(**limits))
+        return stack.enter_context(client_of(service, raise_server_exceptions=False))
 
-    yield start
-    for client in clients:
-        client.__exit__(None, None, None)
-    audit.close()
-
-
-def chat(*urls: str, text: str = "What is this?", **changes: Any) -> dict[str, Any]:
-    content = [*map(image, urls), {"type": "text", "text": text}]
-    body = {"model": "tiny", "messages": [{"role": "user", "content": content}], "max_tokens": 4}
-    return body | changes
-
-
-CHAT = "/v1/chat/completions"
+    with ExitStack() as stack:
+        yield start
 
 
 def error(response: Any, status: int) -> dict[str, Any]:
@@ -436,7 +414,7 @@ def test_a_tenant_without_a_policy_is_an_error_at_the_start(serve: Serve) -> Non
 
 
 def test_a_bad_policy_file_leaves_the_service_as_it_was(
-    model: PsaVlm, audit: Audit, see: Any, make_url: Any, tmp_path: Path
+    make_service: MakeService, audit: Audit, see: Any, make_url: Any, tmp_path: Path
 ) -> None:
     see("privacy", "medium")
     path = tmp_path / "house.yaml"
@@ -445,14 +423,11 @@ def test_a_bad_policy_file_leaves_the_service_as_it_was(
     def load() -> Policy:
         return Policy.from_yaml(path)
 
-    service = Service(InProcess(model, wait=0), Model("tiny", "f"), load(), audit, load=load)
-    with TestClient(create_app(service), "http://localhost") as client:
+    service = make_service(load(), load=load)
+    with client_of(service) as client:
 
-        def decided() -> str:
-            action: str = client.post(CHAT, json=chat(make_url())).json()["psa"]["decision"][
-                "action"
-            ]
-            return action
+        def decided() -> Any:
+            return client.post(CHAT, json=chat(make_url())).json()["psa"]["decision"]["action"]
 
         assert decided() == "hint"
         path.write_text("name: house\n")
@@ -472,7 +447,7 @@ def test_a_bad_policy_file_leaves_the_service_as_it_was(
 
 def test_scores_that_leave_the_calibration_are_counted_and_logged(
     model: PsaVlm,
-    audit: Audit,
+    make_service: MakeService,
     see: Any,
     make_url: Any,
     make_calibration: Any,
@@ -484,8 +459,7 @@ def test_scores_that_leave_the_calibration_are_counted_and_logged(
     see("privacy", "high")
     monkeypatch.setattr(model, "calibration", make_calibration())
     drift = DriftMonitor(make_calibration(), window=20)
-    service = Service(InProcess(model, wait=0), Model("t", "f"), POLICY, audit, drift=drift)
-    with TestClient(create_app(service), "http://localhost") as client:
+    with client_of(make_service(POLICY, drift=drift)) as client:
         assert "psa_drifts_total{" not in client.get("/metrics").text
         body = {"input": [image(make_url()), {"type": "text", "text": "Hi"}]}
         for _ in range(20):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import openai
@@ -13,12 +12,10 @@ import pytest
 from psa_vlm.inference import PsaVlm
 from psa_vlm.policy.policy import Policy
 from psa_vlm.serving.app import create_app
-from psa_vlm.serving.audit import Audit
 from psa_vlm.serving.in_process import InProcess
 from psa_vlm.serving.keys import Keys, hash_key, new_key
-from psa_vlm.serving.service import Model, Service
 
-from .conftest import image
+from .conftest import MakeService, chat
 
 POLICY = Policy.from_text(
     'name: house\ninherits: default\nrules: {"*": {high: refuse}}\ntenants: {school: {}}\n'
@@ -27,12 +24,10 @@ KEY = new_key()
 
 
 @pytest.fixture()
-def url(model: PsaVlm, tmp_path: Path, live: Callable[[Any], str]) -> Iterator[str]:
-    audit = Audit(f"sqlite:///{tmp_path / 'audit.db'}")
+def url(model: PsaVlm, make_service: MakeService, live: Callable[[Any], str]) -> str:
     keys = Keys({"school": [hash_key(KEY)]})
-    service = Service(InProcess(model), Model("tiny", "f"), POLICY, audit, keys)
-    yield live(create_app(service)) + "/v1"
-    audit.close()
+    service = make_service(POLICY, InProcess(model), keys=keys)
+    return live(create_app(service)) + "/v1"
 
 
 @pytest.fixture()
@@ -43,9 +38,7 @@ def client(url: str) -> Iterator[openai.OpenAI]:
 
 @pytest.fixture()
 def ask(make_url: Any) -> dict[str, Any]:
-    content = [image(make_url()), {"type": "text", "text": "What is this?"}]
-    messages = [{"role": "user", "content": content}]
-    return {"model": "tiny", "messages": messages, "max_tokens": 12, "temperature": 0}
+    return chat(make_url(), max_tokens=12, temperature=0)
 
 
 def test_a_reply_is_read(client: openai.OpenAI, ask: dict[str, Any], see: Any) -> None:

@@ -12,7 +12,7 @@ import httpx2
 
 from psa_vlm.serving.server import open_audit
 
-from .conftest import image, served_by_command
+from .conftest import CHAT, chat, served_by_command
 
 CLIENTS = 6
 REPLIES = 30
@@ -23,11 +23,10 @@ def test_every_reply_before_a_kill_is_on_record(
     run_dir: Path, tmp_path: Path, make_url: Any
 ) -> None:
     log = tmp_path / "audit.db"
-    content = [image(make_url()), {"type": "text", "text": "What is this?"}]
-    body = {"model": "run", "messages": [{"role": "user", "content": content}], "max_tokens": 2}
+    body = chat(make_url(), model="run", max_tokens=2)
     heard: dict[str, str] = {}
     """Reply -> the hash of its record, as the client was told."""
-    moderated = {"input": content}
+    moderated = {"input": body["messages"][0]["content"]}
 
     def note(reply: dict[str, Any]) -> None:
         heard[reply["id"]] = reply["psa"]["record"]
@@ -39,10 +38,10 @@ def test_every_reply_before_a_kill_is_on_record(
                     if number % 3 == 0:
                         note(client.post("/v1/moderations", json=moderated).json())
                     elif number % 3 == 1:
-                        note(client.post("/v1/chat/completions", json=body).json())
+                        note(client.post(CHAT, json=body).json())
                     else:
                         streamed = {**body, "stream": True, "max_tokens": 30}
-                        with client.stream("POST", "/v1/chat/completions", json=streamed) as reply:
+                        with client.stream("POST", CHAT, json=streamed) as reply:
                             for line in reply.iter_lines():
                                 if '"psa"' in line:
                                     note(json.loads(line.removeprefix("data: ")))
@@ -65,7 +64,7 @@ def test_every_reply_before_a_kill_is_on_record(
     assert len(heard) >= REPLIES
     assert heard.items() <= before.items()
     with served_by_command(*command) as (_, address):  # and it goes on where it was
-        reply = httpx2.post(f"{address}/v1/chat/completions", json=body, timeout=60).json()
+        reply = httpx2.post(f"{address}{CHAT}", json=body, timeout=60).json()
     with open_audit(str(log), existing=True) as audit:
         records = list(audit.records())
     assert [one["request"] for one in records] == [*before, reply["id"]]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -13,14 +12,11 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis import GenerationMode
 
-from psa_vlm.inference import PsaVlm
 from psa_vlm.policy.policy import Policy
 from psa_vlm.serving.app import create_app
 from psa_vlm.serving.audit import Audit
-from psa_vlm.serving.in_process import InProcess
-from psa_vlm.serving.service import Model, Service
 
-from .conftest import data_url, encoded
+from .conftest import MakeService, data_url, encoded
 
 GOOD = [data_url(encoded(colour)) for colour in ("red", "green", "blue")]
 GOOD.append(data_url(encoded(frames=2)))
@@ -84,15 +80,14 @@ def told(response: Any) -> dict[str, Any]:
     ],
 )
 def test_whatever_is_asked(
-    model: PsaVlm,
-    tmp_path: Path,
+    make_service: MakeService,
+    audit: Audit,
     live: Callable[[Any], str],
     path: str,
     mode: GenerationMode,
     images: list[str],
 ) -> None:
-    audit = Audit(f"sqlite:///{tmp_path / 'audit.db'}")
-    app = create_app(Service(InProcess(model, wait=0), Model("tiny", "f"), Policy.default(), audit))
+    app = create_app(make_service(Policy.default()))
     url = live(app)
     schema = schemathesis.openapi.from_dict(narrowed(app.openapi(), images))
     cases = schema[path]["POST"].as_strategy(generation_mode=mode)
@@ -117,4 +112,3 @@ def test_whatever_is_asked(
         ask()
     assert not (valid and images is GOOD) or statuses.count(200) > 3
     assert audit.verify().records >= statuses.count(200)
-    audit.close()

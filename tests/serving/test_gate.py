@@ -5,22 +5,18 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Iterator
-from pathlib import Path
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
 
-from psa_vlm.inference import PsaVlm
 from psa_vlm.policy.policy import Policy
 from psa_vlm.serving.app import create_app
-from psa_vlm.serving.audit import Audit
-from psa_vlm.serving.in_process import InProcess
 from psa_vlm.serving.keys import Keys, hash_key, new_key
 from psa_vlm.serving.limits import Limits
-from psa_vlm.serving.service import Model, Service
 
-CHAT = "/v1/chat/completions"
+from .conftest import CHAT, MakeService
+
 POLICY = Policy.from_text("name: house\ninherits: default\ntenants: {school: {}}\n")
 KEY = new_key()
 Message = dict[str, Any]
@@ -28,19 +24,9 @@ Receive = Callable[[], Awaitable[Message]]
 
 
 @pytest.fixture()
-def audit(tmp_path: Path) -> Iterator[Audit]:
-    log = Audit(f"sqlite:///{tmp_path / 'audit.db'}")
-    yield log
-    log.close()
-
-
-@pytest.fixture()
-def make_app(model: PsaVlm, audit: Audit) -> Callable[..., Any]:
+def make_app(make_service: MakeService) -> Callable[..., Any]:
     def make(keys: Keys | None = None, **limits: int) -> Any:
-        engine = InProcess(model, wait=0)
-        return create_app(
-            Service(engine, Model("tiny", "f"), POLICY, audit, keys, Limits(**limits))
-        )
+        return create_app(make_service(POLICY, keys=keys, limits=Limits(**limits)))
 
     return make
 

@@ -6,14 +6,12 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import httpx2
 import numpy as np
 import pytest
 from PIL import Image
-from starlette.testclient import TestClient
 
 from psa_vlm.inference import PsaVlm
 from psa_vlm.model.verdict import ImageVerdict, Verdict
@@ -21,14 +19,13 @@ from psa_vlm.policy.policy import Policy
 from psa_vlm.serving.app import create_app
 from psa_vlm.serving.audit import Audit, Entry
 from psa_vlm.serving.engine import Answer, Ask, Assessed, End, Usage
-from psa_vlm.serving.in_process import InProcess
 from psa_vlm.serving.service import Model, Service
 from psa_vlm.taxonomy import Taxonomy
 
-from .conftest import data_url, image
-from .malformed import encoded, malformed, png
+from ..files import encode, png_by_hand
+from .conftest import CHAT, MakeService, chat, client_of, data_url
+from .malformed import malformed
 
-CHAT = "/v1/chat/completions"
 MODERATIONS = "/v1/moderations"
 COUNT = 1000
 WORDS = Taxonomy.default()
@@ -71,10 +68,8 @@ class Kept:
 
 
 def asked(path: str, url: str, text: str = "What is this?") -> dict[str, Any]:
-    content = [image(url), {"type": "text", "text": text}]
-    if path == MODERATIONS:
-        return {"input": content}
-    return {"model": "tiny", "messages": [{"role": "user", "content": content}], "max_tokens": 2}
+    body = chat(url, text=text, max_tokens=2)
+    return {"input": body["messages"][0]["content"]} if path == MODERATIONS else body
 
 
 @pytest.mark.parametrize("path", [CHAT, MODERATIONS])
@@ -117,7 +112,7 @@ def sixteen_bit(colour: int, channels: int) -> tuple[bytes, np.ndarray]:
     """A PNG of 16 bits, and its 8 upper ones [H, W, channels]."""
     values = np.random.default_rng(0).integers(0, 65536, (9, 7, channels), dtype=np.uint16)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
-    return png(7, 9, 16, colour, rows), (values >> 8).astype(np.uint8)
+    return png_by_hand(7, 9, 16, colour, rows), (values >> 8).astype(np.uint8)
 
 
 def grey_of_16_bits() -> tuple[bytes, np.ndarray]:
@@ -147,21 +142,21 @@ def inks() -> tuple[bytes, np.ndarray]:
         colours[8 * index : 8 * index + 8, :, index] = 200
     colours[:, 16:] += 50
     shown = 255 * (1 - colours[..., :3] / 255) * (1 - colours[..., 3:] / 255)
-    return encoded(Image.fromarray(colours, "CMYK"), "JPEG", quality=100, subsampling=0), shown
+    return encode(Image.fromarray(colours, "CMYK"), "JPEG", quality=100, subsampling=0), shown
 
 
 def hidden_by_alpha() -> tuple[bytes, np.ndarray]:
     """Its colours are a picture, and all of it is transparent: there is nothing to see."""
     colours = np.asarray(PICTURE)
     hidden = np.dstack([colours, np.zeros(colours.shape[:2], dtype=np.uint8)])
-    return encoded(Image.fromarray(hidden), "PNG"), np.full_like(colours, 255)
+    return encode(Image.fromarray(hidden), "PNG"), np.full_like(colours, 255)
 
 
 def drawn_in_alpha() -> tuple[bytes, np.ndarray]:
     """Its colours are plain black, and the picture is in what is transparent."""
     alpha = np.asarray(PICTURE.convert("L"))
     black = np.zeros((*alpha.shape, 3), dtype=np.uint8)
-    return encoded(Image.fromarray(np.dstack([black, alpha])), "PNG"), on_white(black, alpha)
+    return encode(Image.fromarray(np.dstack([black, alpha])), "PNG"), on_white(black, alpha)
 
 
 def transparent_colour_of_a_palette() -> tuple[bytes, np.ndarray]:
@@ -170,7 +165,7 @@ def transparent_colour_of_a_palette() -> tuple[bytes, np.ndarray]:
     image.paste(1, (0, 0, 4, 8))
     shown = np.full((8, 8, 3), (255, 0, 0))
     shown[:, :4] = 255
-    return encoded(image, "PNG", transparency=1), shown
+    return encode(image, "PNG", transparency=1), shown
 
 
 def turned(orientation: int) -> Callable[[], tuple[bytes, np.ndarray]]:
@@ -179,7 +174,7 @@ def turned(orientation: int) -> Callable[[], tuple[bytes, np.ndarray]]:
         stored = STORED[orientation](upright)
         exif = Image.Exif()
         exif[0x0112] = orientation
-        return encoded(Image.fromarray(stored), "PNG", exif=exif), upright
+        return encode(Image.fromarray(stored), "PNG", exif=exif), upright
 
     return make
 
@@ -214,8 +209,8 @@ MADE = [
 @pytest.mark.parametrize("make", MADE)
 def test_what_is_assessed_is_the_picture_that_the_model_sees(
     model: PsaVlm,
+    make_service: MakeService,
     monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
     make: Callable[[], tuple[bytes, np.ndarray]],
 ) -> None:
     """One encoding serves verdict and answer, and what is encoded is the reference's picture."""
@@ -228,12 +223,10 @@ def test_what_is_assessed_is_the_picture_that_the_model_sees(
         return encode(images, counts)
 
     monkeypatch.setattr(model.backbone, "encode", seen)
-    audit = Audit(f"sqlite:///{tmp_path / 'audit.db'}")
     allow = Policy.from_text(
         'name: all\ninherits: default\nrules: {"*": {low: allow, medium: allow, high: allow}}\n'
     )
-    service = Service(InProcess(model, wait=0), Model("tiny", "f"), allow, audit)
-    with TestClient(create_app(service), "http://localhost") as client:
+    with client_of(make_service(allow)) as client:
         for path in (CHAT, MODERATIONS):
             shown.clear()
             reply = client.post(path, json=asked(path, data_url(data)))
@@ -252,7 +245,7 @@ def test_a_frame_on_another_is_assessed_as_it_is_shown(model: PsaVlm) -> None:
 
     first, second = PICTURE.copy(), PICTURE.copy()
     second.paste("black", (10, 2, 14, 6))
-    data = encoded(first, "GIF", save_all=True, append_images=[second], optimize=True)
+    data = encode(first, "GIF", save_all=True, append_images=[second], optimize=True)
     (picture,) = open_urls([data_url(data)], Limits())
     assert [one.size for one in picture.frames] == [(24, 16)] * 2
     assert picture.frames[1].getpixel((11, 3)) == (0, 0, 0)

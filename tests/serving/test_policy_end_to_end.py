@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from fastapi.testclient import TestClient
 
 from psa_vlm.inference import PsaVlm
 from psa_vlm.policy.files import shipped_names
 from psa_vlm.policy.policy import Policy
-from psa_vlm.serving.app import create_app
 from psa_vlm.serving.audit import Audit
-from psa_vlm.serving.in_process import InProcess
-from psa_vlm.serving.service import Model, Service
 
-from .conftest import image
+from .conftest import CHAT, MakeService, chat, client_of
 
-CHAT = "/v1/chat/completions"
 HOUSE = """
 name: house
 inherits: strict
@@ -56,30 +50,10 @@ KINDS = [
 ]
 
 
-@pytest.fixture()
-def audit(tmp_path: Path) -> Iterator[Audit]:
-    log = Audit(f"sqlite:///{tmp_path / 'audit.db'}")
-    yield log
-    log.close()
-
-
-@pytest.fixture()
-def prompts(model: PsaVlm, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What the language model is asked."""
-    seen: list[str] = []
-    write = model.backbone.write
-
-    def noted(inputs: Any, *told: Any) -> Any:
-        seen.append(model.backbone.tokenizer.decode(inputs["input_ids"][0]))
-        return write(inputs, *told)
-
-    monkeypatch.setattr(model.backbone, "write", noted)
-    return seen
-
-
 @pytest.mark.parametrize(("name", "type", "level", "action", "rule", "words"), SHIPPED + KINDS)
 def test_from_an_image_to_words_and_record(
     model: PsaVlm,
+    make_service: MakeService,
     see: Any,
     make_url: Any,
     audit: Audit,
@@ -96,11 +70,8 @@ def test_from_an_image_to_words_and_record(
         with torch.no_grad():
             model.bottleneck.head.to_level.bias.fill_(float("nan"))
     policy = Policy.from_text(HOUSE) if name == "house" else Policy.shipped(name)
-    content = [image(make_url()), {"type": "text", "text": "What is this?"}]
-    body = {"model": "tiny", "messages": [{"role": "user", "content": content}], "max_tokens": 2}
-    service = Service(InProcess(model, wait=0), Model("tiny", "f"), policy, audit)
-    with TestClient(create_app(service), "http://localhost") as client:
-        reply = client.post(CHAT, json=body).json()
+    with client_of(make_service(policy)) as client:
+        reply = client.post(CHAT, json=chat(make_url(), max_tokens=2)).json()
     decided = reply["psa"]["decision"]
     assert (decided["action"], decided["rule"]) == (action, rule)
     refusal = reply["choices"][0]["message"]["refusal"]

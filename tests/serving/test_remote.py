@@ -5,28 +5,22 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
-from fastapi.testclient import TestClient
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from psa_vlm.errors import RequestError
-from psa_vlm.inference import PsaVlm
 from psa_vlm.policy.policy import Policy
 from psa_vlm.serving import remote
-from psa_vlm.serving.app import create_app
 from psa_vlm.serving.audit import Audit
-from psa_vlm.serving.in_process import InProcess
 from psa_vlm.serving.limits import Limits
 from psa_vlm.serving.remote import Remote, is_public
-from psa_vlm.serving.service import Model, Service
 
-from .conftest import data_url, encoded, image
+from .conftest import CHAT, MakeService, chat, client_of, data_url, encoded
 
 
 @pytest.mark.parametrize(
@@ -178,21 +172,14 @@ def test_size_and_time_are_limited(site: Site, here: str) -> None:
 
 
 def test_the_service_assesses_what_it_fetched(
-    site: Site, here: str, model: PsaVlm, tmp_path: Path, make_url: Any
+    site: Site, here: str, make_service: MakeService, audit: Audit, make_url: Any
 ) -> None:
-    audit = Audit(f"sqlite:///{tmp_path / 'audit.db'}")
     fetching = Remote([here], Limits(), site.resolve)
-    service = Service(
-        InProcess(model), Model("tiny", "f"), Policy.default(), audit, remote=fetching
-    )
-    words = {"type": "text", "text": "Hi"}
 
     def ask(url: str) -> Any:
-        content = [image(make_url("blue")), image(url), words]
-        body = {"messages": [{"role": "user", "content": content}], "model": "tiny"}
-        return client.post("/v1/chat/completions", json=body | {"max_tokens": 2})
+        return client.post(CHAT, json=chat(make_url("blue"), url, text="Hi", max_tokens=2))
 
-    with TestClient(create_app(service), "http://localhost") as client:
+    with client_of(make_service(Policy.default(), remote=fetching)) as client:
         psa = ask(f"http://{here}/red.png").json()["psa"]
         assert len(psa["images"]) == 2
         assert ask(f"http://{here}/none.png").json()["error"]["code"] == "remote_image"

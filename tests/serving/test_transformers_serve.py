@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from fastapi.testclient import TestClient
 
 from psa_vlm.inference import PsaVlm
 from psa_vlm.model.backbone import Backbone
-from psa_vlm.model.bottleneck import BottleneckConfig, SafetyBottleneck
 from psa_vlm.model.tokens import add_safety_tokens
 from psa_vlm.policy.policy import Policy
-from psa_vlm.serving.app import create_app
 from psa_vlm.serving.audit import Audit
 from psa_vlm.serving.in_process import InProcess
 from psa_vlm.serving.service import Model, Service
@@ -25,9 +19,10 @@ from psa_vlm.serving.upstream import Upstream
 from psa_vlm.testbed.cases import evaluation_samples
 from psa_vlm.testbed.premise import base_path
 
-from .conftest import data_url, image
+from ..files import encode
+from ..tiny import random_bottleneck
+from .conftest import CHAT, client_of, data_url, image
 
-CHAT = "/v1/chat/completions"
 POLICY = Policy.from_text('name: house\ninherits: default\nrules: {"*": {high: refuse}}\n')
 
 
@@ -36,11 +31,7 @@ def model() -> PsaVlm:
     """The testbed's base model with a bottleneck of random weights: what it says has meaning."""
     backbone = Backbone.from_pretrained(base_path())
     add_safety_tokens(backbone, 4)
-    widths = backbone.vision_width, backbone.text_width
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        config = BottleneckConfig(*widths, hidden=16, tokens=4, heads=4, depth=1)
-        return PsaVlm(backbone, SafetyBottleneck(config))
+    return PsaVlm(backbone, random_bottleneck(backbone))
 
 
 @pytest.fixture(scope="module")
@@ -55,29 +46,25 @@ def engine(
 
 
 @pytest.fixture()
-def ask(model: PsaVlm, engine: tuple[str, str], tmp_path: Path) -> Iterator[Any]:
+def ask(model: PsaVlm, engine: tuple[str, str], audit: Audit) -> Any:
     """Asks the gateway, or the model in this process: the whole reply, or its streamed words."""
-    audit = Audit(f"sqlite:///{tmp_path / 'audit.db'}")
 
     def send(body: dict[str, Any], here: bool = False) -> Any:
         local = InProcess(model, wait=0)
         chosen = local if here else Upstream(local, *engine)
         service = Service(chosen, Model("testbed", "f"), POLICY, audit)
-        with TestClient(create_app(service), "http://localhost") as client:
+        with client_of(service) as client:
             reply = client.post(CHAT, json={"model": "testbed", "max_tokens": 12, **body})
         assert reply.status_code == 200, reply.text
         return reply
 
-    yield send
-    audit.close()
+    return send
 
 
 def scene() -> tuple[str, str]:
     """A picture of the testbed as a data URL, and a question about it."""
     (sample,) = evaluation_samples("style", "harmless", 1, 0)
-    stream = io.BytesIO()
-    sample.images[0].save(stream, "PNG")  # type: ignore[union-attr]
-    return data_url(stream.getvalue()), sample.question
+    return data_url(encode(sample.images[0])), sample.question  # type: ignore[arg-type]
 
 
 def conversation() -> dict[str, Any]:

@@ -18,13 +18,12 @@ from psa_vlm.policy.files import shipped_names
 from psa_vlm.policy.policy import Policy
 from psa_vlm.serving.app import create_app
 from psa_vlm.serving.audit import Audit
-from psa_vlm.serving.in_process import InProcess
 from psa_vlm.serving.keys import Keys, hash_key, new_key
 from psa_vlm.serving.limits import Limits
-from psa_vlm.serving.service import Model, Service
+from psa_vlm.serving.service import Service
 from psa_vlm.taxonomy import Taxonomy
 
-from .conftest import data_url, encoded, image
+from .conftest import MakeService, client_of, data_url, encoded, image
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 POLICY = """\
@@ -56,22 +55,13 @@ def chromium() -> Iterator[Browser]:
 
 
 @pytest.fixture()
-def audit(tmp_path: Path) -> Iterator[Audit]:
-    log = Audit(f"sqlite:///{tmp_path / 'audit.db'}")
-    yield log
-    log.close()
-
-
-@pytest.fixture()
-def service(model: PsaVlm, audit: Audit) -> Service:
-    policy = Policy.from_text(POLICY, "house.yaml")
-    engine, limits = InProcess(model, wait=0), Limits(tokens=4)
-    return Service(engine, Model("tiny", "f" * 16), policy, audit, limits=limits)
+def service(make_service: MakeService) -> Service:
+    return make_service(Policy.from_text(POLICY, "house.yaml"), limits=Limits(tokens=4))
 
 
 @pytest.fixture()
 def client(service: Service) -> Iterator[TestClient]:
-    with TestClient(create_app(service), "http://localhost") as client:
+    with client_of(service) as client:
         yield client
 
 
@@ -401,10 +391,10 @@ def test_the_page_stands_behind_a_strict_policy_of_its_own(client: TestClient) -
     assert not any(path.startswith("/ui") for path in client.get("/openapi.json").json()["paths"])
 
 
-def test_with_keys_there_is_no_page(service: Service) -> None:
+def test_with_keys_there_is_no_page(make_service: MakeService) -> None:
     key = new_key()
     keys = Keys({"school": [hash_key(key)]})
-    kept = Service(service.engine, service.model, service.policies.of(None), service.audit, keys)
+    kept = make_service(Policy.from_text(POLICY), keys=keys)
     with TestClient(create_app(kept), headers={"Authorization": f"Bearer {key}"}) as client:
         told = client.get("/ui")
         assert told.status_code == 403 and "asks for keys" in told.text
@@ -447,6 +437,6 @@ def test_policies_of_other_words_are_not_offered(
 ) -> None:
     words = Taxonomy(("weather", "clean"), ("safe", "low", "medium", "high"), "clean")
     monkeypatch.setattr(service.engine.model, "taxonomy", words)  # type: ignore[attr-defined]
-    with TestClient(create_app(service), "http://localhost") as client:
+    with client_of(service) as client:
         offered = client.get("/ui/facts").json()["policies"]
     assert "captcha-allowed" not in offered and "strict" in offered

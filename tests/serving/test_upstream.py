@@ -20,16 +20,13 @@ from starlette.routing import Route
 
 from psa_vlm.inference import PsaVlm
 from psa_vlm.policy.policy import Policy
-from psa_vlm.serving.app import create_app
 from psa_vlm.serving.audit import Audit
 from psa_vlm.serving.in_process import InProcess
-from psa_vlm.serving.service import Model, Service
 from psa_vlm.serving.upstream import Upstream
 
-from .conftest import image
+from .conftest import CHAT, MakeService, chat, client_of, image
 
 POLICY = Policy.from_text('name: house\ninherits: default\nrules: {"*": {high: refuse}}\n')
-CHAT = "/v1/chat/completions"
 
 
 def event(delta: dict[str, str], finish: str | None = None, **more: Any) -> str:
@@ -83,26 +80,12 @@ def stub() -> Stub:
 
 
 @pytest.fixture()
-def audit(tmp_path: Path) -> Iterator[Audit]:
-    log = Audit(f"sqlite:///{tmp_path / 'audit.db'}")
-    yield log
-    log.close()
-
-
-@pytest.fixture()
 def client(
-    model: PsaVlm, stub: Stub, live: Callable[[Any], str], audit: Audit
+    model: PsaVlm, stub: Stub, live: Callable[[Any], str], make_service: MakeService
 ) -> Iterator[TestClient]:
     engine = Upstream(InProcess(model, wait=0), live(stub.app) + "/v1", "there", "key", 0.5)
-    service = Service(engine, Model("tiny", "f"), POLICY, audit)
-    with TestClient(create_app(service), "http://localhost") as client:
+    with client_of(make_service(POLICY, engine)) as client:
         yield client
-
-
-def chat(*urls: str, text: str = "What is this?", **changes: Any) -> dict[str, Any]:
-    content = [*map(image, urls), {"type": "text", "text": text}]
-    body = {"model": "tiny", "messages": [{"role": "user", "content": content}], "max_tokens": 4}
-    return body | changes
 
 
 def test_what_is_sent_on_is_what_was_assessed(
@@ -138,12 +121,15 @@ def test_what_is_sent_on_is_what_was_assessed(
 
 
 def test_a_guard_without_a_language_model_stands_before_one(
-    guard_run: Path, stub: Stub, live: Callable[[Any], str], audit: Audit, make_url: Any
+    guard_run: Path,
+    stub: Stub,
+    live: Callable[[Any], str],
+    make_service: MakeService,
+    make_url: Any,
 ) -> None:
     guard = PsaVlm.from_pretrained(guard_run)
     engine = Upstream(InProcess(guard, wait=0), live(stub.app) + "/v1", "there")
-    service = Service(engine, Model("tiny", "f"), Policy.default(), audit)
-    with TestClient(create_app(service), "http://localhost") as client:
+    with client_of(make_service(Policy.default(), engine)) as client:
         reply = client.post(CHAT, json=chat(make_url(), text="Read <image> it.")).json()
     assert reply["choices"][0]["message"]["content"] == "Hello there"
     ((_, words),) = [one["content"] for one in stub.seen[0]["messages"]]
@@ -236,11 +222,13 @@ def test_an_answer_that_breaks_off_is_not_passed_off_as_whole(
     assert json.loads(page.strip().split("\n\n")[-1][6:])["error"]["code"] == "upstream_error"
 
 
-def test_an_engine_that_is_not_there(model: PsaVlm, see: Any, make_url: Any, audit: Audit) -> None:
+def test_an_engine_that_is_not_there(
+    model: PsaVlm, see: Any, make_url: Any, make_service: MakeService
+) -> None:
     see("clean", "safe")
     engine = Upstream(InProcess(model, wait=0), "http://127.0.0.1:9/v1", "there")
-    with TestClient(create_app(Service(engine, Model("tiny", "f"), POLICY, audit))) as client:
-        response = client.post(CHAT, json=chat(make_url()), headers={"Host": "localhost"})
+    with client_of(make_service(POLICY, engine)) as client:
+        response = client.post(CHAT, json=chat(make_url()))
     assert response.status_code == 502
     assert "can not be reached" in response.json()["error"]["message"]
 
@@ -250,14 +238,13 @@ def test_no_more_than_may_be_there_at_once(
     stub: Stub,
     see: Any,
     make_url: Any,
-    audit: Audit,
+    make_service: MakeService,
     live: Callable[[Any], str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     see("clean", "safe")
     engine = Upstream(InProcess(model, wait=0), live(stub.app) + "/v1", "there", most=1)
-    service = Service(engine, Model("tiny", "f"), POLICY, audit)
-    with TestClient(create_app(service), "http://localhost") as client:
+    with client_of(make_service(POLICY, engine)) as client:
         assert client.post(CHAT, json=chat(make_url())).status_code == 200
         engine._there = 1
         assert client.post(CHAT, json=chat(make_url())).status_code == 429

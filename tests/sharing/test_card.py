@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,6 @@ from psa_vlm.errors import CheckpointError
 from psa_vlm.inference import PsaVlm
 from psa_vlm.sharing import provenance
 from psa_vlm.sharing.card import write_card
-
-
-@pytest.fixture()
-def run(run_dir: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(run_dir, tmp_path / "run"))
 
 
 def card_of(run: Path) -> tuple[ModelCard, str]:

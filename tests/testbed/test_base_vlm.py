@@ -13,11 +13,6 @@ from psa_vlm.testbed.base_vlm import build_model, build_processor, vocabulary
 from psa_vlm.testbed.premise import base_path
 
 
-@pytest.fixture(scope="module")
-def base() -> Backbone:
-    return Backbone.from_pretrained(base_path())
-
-
 def test_it_is_small() -> None:
     size = sum(path.stat().st_size for path in base_path().rglob("*") if path.is_file())
     assert size <= 25e6

@@ -21,14 +21,8 @@ from psa_vlm.testbed.lessons import (
     tag_sizes,
     tagging_batch,
 )
-from psa_vlm.testbed.premise import base_path
 from psa_vlm.testbed.scenes import draw_scene, render
 from psa_vlm.testbed.world import world
-
-
-@pytest.fixture(scope="module")
-def base() -> Backbone:
-    return Backbone.from_pretrained(base_path())
 
 
 def test_training_pixels_are_those_of_the_processor(base: Backbone) -> None:

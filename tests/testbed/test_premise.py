@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
 from PIL import Image
 
 from psa_vlm.data.sample import Turn
 from psa_vlm.evaluation.scorers import is_refusal
 from psa_vlm.model.backbone import Backbone
 from psa_vlm.testbed import premise
-from psa_vlm.testbed.premise import base_path, measure
-
-
-@pytest.fixture(scope="module")
-def base() -> Backbone:
-    return Backbone.from_pretrained(base_path())
+from psa_vlm.testbed.premise import measure
 
 
 def test_the_premise_holds_on_a_glance(base: Backbone) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,11 @@ import pytest
 from PIL import Image
 
 from psa_vlm.data.sample import Sample, Turn
+from psa_vlm.model.backbone import Backbone
+from psa_vlm.taxonomy import Taxonomy
+from psa_vlm.training import concepts
 from psa_vlm.training.config import ConceptsConfig, LoraConfig, TokensConfig
+from psa_vlm.training.fit import Work
 
 STEPS: dict[str, Any] = {
     "epochs": 2,
@@ -47,6 +52,40 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
 def schedules() -> dict[str, Any]:
     """The sections `concepts`, `tokens` and `lora`."""
     return {"concepts": CONCEPTS, "tokens": TOKENS, "lora": LORA}
+
+
+@pytest.fixture()
+def backbone(llava_dir: Path) -> Backbone:
+    return Backbone.from_pretrained(llava_dir)
+
+
+class Fitted:
+    """Stands in for `fit`: keeps what it would train, and trains nothing."""
+
+    def __call__(self, task: Any, rows: Any, collate: Any, config: Any, work: Any) -> list[Any]:
+        self.task, self.batch = task, collate(rows.rows)
+        return []
+
+
+@pytest.fixture()
+def fitted(monkeypatch: pytest.MonkeyPatch) -> Fitted:
+    """What the concepts would be fitted with: `task`, and `batch` of all the samples."""
+    stub = Fitted()
+    monkeypatch.setattr(concepts, "fit", stub)
+    return stub
+
+
+@pytest.fixture()
+def train(
+    backbone: Backbone, samples: list[Sample], schedules: dict[str, Any], tmp_path: Path
+) -> Callable[..., Any]:
+    """Trains the concepts on `samples` or on others, with changes of their schedule."""
+
+    def run(some: list[Sample] = samples, **changes: Any) -> Any:
+        config = schedules["concepts"].model_copy(update=changes)
+        return concepts.train_concepts(backbone, Taxonomy.default(), some, config, Work(tmp_path))
+
+    return run
 
 
 @pytest.fixture()

@@ -17,7 +17,6 @@ from psa_vlm.errors import DataError
 from psa_vlm.model.backbone import Backbone
 from psa_vlm.model.bottleneck import concept_loss
 from psa_vlm.taxonomy import Taxonomy
-from psa_vlm.training import concepts
 from psa_vlm.training.concepts import (
     check_labelled,
     class_weights,
@@ -29,25 +28,8 @@ from psa_vlm.training.fit import Work
 TAXONOMY = Taxonomy.default()
 
 
-@pytest.fixture()
-def backbone(llava_dir: Path) -> Backbone:
-    return Backbone.from_pretrained(llava_dir)
-
-
 def copied(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in state.items()}
-
-
-class Fitted:
-    """Stands in for `fit`: keeps what it would train, and trains nothing."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.calls: list[tuple[Any, ...]] = []
-        monkeypatch.setattr(concepts, "fit", self)
-
-    def __call__(self, task: Any, rows: Any, collate: Any, config: Any, work: Any) -> list[Any]:
-        self.task, self.rows, self.collate = task, rows.rows, collate
-        return []
 
 
 def test_the_backbone_is_only_read_and_the_bottleneck_learns(
@@ -72,19 +54,18 @@ def test_the_backbone_is_only_read_and_the_bottleneck_learns(
 def test_each_image_is_encoded_once_ever(
     backbone: Backbone,
     samples: list[Sample],
-    schedules: Any,
-    tmp_path: Path,
+    train: Any,
+    fitted: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     encode, encoded = backbone.encode, []
     monkeypatch.setattr(
         backbone, "encode", lambda images: encoded.append(len(images)) or encode(images)
     )
-    fitted = Fitted(monkeypatch)
     for _ in range(2):
-        train_concepts(backbone, TAXONOMY, samples, schedules["concepts"], Work(tmp_path))
+        train()
         assert encoded == [2, 1]  # three contents in six samples, two at a time; then none
-    batch = fitted.collate(fitted.rows)
+    batch = fitted.batch
     assert batch["features"].shape == (6, 4, 4, 24)
     assert batch["texts"] == [f"What is {i}?" for i in range(6)]
     assert [TAXONOMY.types[i] for i in batch["types"]] == ["privacy", "clean"] * 3
@@ -94,17 +75,9 @@ def test_each_image_is_encoded_once_ever(
         torch.testing.assert_close(row, expected)
 
 
-def test_the_loss_is_the_papers(
-    backbone: Backbone,
-    samples: list[Sample],
-    schedules: Any,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    fitted = Fitted(monkeypatch)
-    config = schedules["concepts"].model_copy(update={"weight": 7.0})
-    bottleneck, _ = train_concepts(backbone, TAXONOMY, samples, config, Work(tmp_path))
-    batch = fitted.collate(fitted.rows)
+def test_the_loss_is_the_papers(backbone: Backbone, train: Any, fitted: Any) -> None:
+    bottleneck, _ = train(weight=7.0)
+    batch = fitted.batch
     h_t, mask = backbone.embed_text(batch["texts"])
     output = bottleneck(batch["features"].flatten(1, 2), h_t, mask)
     expected = concept_loss(output, batch["levels"], batch["types"], weight=7.0)
@@ -112,37 +85,24 @@ def test_the_loss_is_the_papers(
 
 
 def test_balance_makes_every_class_count_the_same(
-    backbone: Backbone,
-    samples: list[Sample],
-    schedules: Any,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    samples: list[Sample], train: Any, fitted: Any
 ) -> None:
     assert class_weights([0, 0, 0, 2], 4).tolist() == pytest.approx([2 / 3, 0, 2, 0])
-    fitted = Fitted(monkeypatch)
-    config = schedules["concepts"].model_copy(update={"class_balance": True})
-    train_concepts(backbone, TAXONOMY, samples[:3], config, Work(tmp_path))
-    one = fitted.task(**fitted.collate(fitted.rows))["loss"]
+    train(samples[:3], class_balance=True)
+    one = fitted.task(**fitted.batch)["loss"]
     # The one clean sample, given twice, has the weight of the two risky ones.
-    train_concepts(
-        backbone, TAXONOMY, [*samples[:3], samples[1]], schedules["concepts"], Work(tmp_path)
-    )
-    torch.testing.assert_close(fitted.task(**fitted.collate(fitted.rows))["loss"], one)
+    train([*samples[:3], samples[1]])
+    torch.testing.assert_close(fitted.task(**fitted.batch)["loss"], one)
 
 
 def test_every_picture_of_a_sample_is_a_row(
-    backbone: Backbone,
-    samples: list[Sample],
-    schedules: Any,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    samples: list[Sample], train: Any, fitted: Any, tmp_path: Path
 ) -> None:
     frames = [Image.new("RGB", (20, 20), color) for color in ("red", "blue", "green")]
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
     several = replace(samples[0], images=(tmp_path / "moving.gif", Image.new("RGB", (9, 9))))
-    fitted = Fitted(monkeypatch)
-    train_concepts(backbone, TAXONOMY, [several], schedules["concepts"], Work(tmp_path))
-    batch = fitted.collate(fitted.rows)
+    train([several])
+    batch = fitted.batch
     assert batch["features"].shape[0] == 4
     assert len({tuple(row.flatten().tolist()) for row in batch["features"]}) == 4
     assert set(batch["types"].tolist()) == {TAXONOMY.type_id("privacy")}
@@ -170,9 +130,7 @@ def test_samples_that_teach_nothing_are_counted(
         check_labelled(some)
 
 
-def test_a_label_of_another_taxonomy(
-    backbone: Backbone, samples: list[Sample], schedules: Any, tmp_path: Path
-) -> None:
+def test_a_label_of_another_taxonomy(samples: list[Sample], train: Any) -> None:
     other = replace(samples[0], type="weather")
     with pytest.raises(DataError, match="weather"):
-        train_concepts(backbone, TAXONOMY, [other], schedules["concepts"], Work(tmp_path))
+        train([other])

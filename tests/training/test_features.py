@@ -23,11 +23,6 @@ from psa_vlm.training.fit import Work
 
 
 @pytest.fixture()
-def backbone(llava_dir: Path) -> Backbone:
-    return Backbone.from_pretrained(llava_dir)
-
-
-@pytest.fixture()
 def images(samples: list[Sample]) -> dict[str, Any]:
     """Three images by their keys."""
     return {image_key(sample.images[0]): sample.images[0] for sample in samples}

@@ -13,16 +13,10 @@ from psa_vlm.data.images import open_images
 from psa_vlm.data.sample import Sample
 from psa_vlm.model.backbone import Backbone
 from psa_vlm.taxonomy import Taxonomy
-from psa_vlm.training import concepts
 from psa_vlm.training.concepts import train_concepts
 from psa_vlm.training.config import Hardening
 from psa_vlm.training.fit import Work
 from psa_vlm.training.hardening import Hardener, noisy
-
-
-@pytest.fixture(scope="module")
-def backbone(llava_dir: Path) -> Backbone:
-    return Backbone.from_pretrained(llava_dir)
 
 
 def pictures(samples: list[Sample]) -> list[Any]:
@@ -77,36 +71,13 @@ def test_noise_is_a_share_of_each_image_s_own() -> None:
         assert float((changed - one).std() / one.std()) == pytest.approx(0.5, rel=0.1)
 
 
-@pytest.fixture()
-def fitted(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Stands in for `fit`: keeps what it would train."""
-
-    class Fitted:
-        def __call__(self, task: Any, rows: Any, collate: Any, config: Any, work: Any) -> list[Any]:
-            self.task, self.batch = task, collate(rows.rows)
-            return []
-
-    stub = Fitted()
-    monkeypatch.setattr(concepts, "fit", stub)
-    return stub
-
-
-def hardened(config: Any, **changes: Any) -> Any:
-    return config.model_copy(update={"hardening": Hardening(**changes)})
-
-
-def test_off_by_default(
-    backbone: Backbone, samples: list[Sample], schedules: Any, tmp_path: Path, fitted: Any
-) -> None:
-    train_concepts(backbone, Taxonomy.default(), samples, schedules["concepts"], Work(tmp_path))
+def test_off_by_default(train: Any, fitted: Any) -> None:
+    train()
     assert "pictures" not in fitted.batch and fitted.task.hardener is None
 
 
-def test_a_share_of_the_batch_and_of_the_loss_is_attacked(
-    backbone: Backbone, samples: list[Sample], schedules: Any, tmp_path: Path, fitted: Any
-) -> None:
-    config = hardened(schedules["concepts"], eps=16, steps=3, share=0.4)
-    train_concepts(backbone, Taxonomy.default(), samples, config, Work(tmp_path))
+def test_a_share_of_the_batch_and_of_the_loss_is_attacked(train: Any, fitted: Any) -> None:
+    train(hardening=Hardening(eps=16, steps=3, share=0.4))
     batch = fitted.batch
     assert len(batch["pictures"]) == 3  # of six, rounded up
     without = {name: value for name, value in batch.items() if name != "pictures"}
@@ -122,7 +93,8 @@ def test_a_share_of_the_batch_and_of_the_loss_is_attacked(
 def test_hardening_trains(
     backbone: Backbone, samples: list[Sample], schedules: Any, tmp_path: Path
 ) -> None:
-    config = hardened(schedules["concepts"], eps=4, pixel_noise=2, feature_noise=0.1, steps=1)
+    hardening = Hardening(eps=4, pixel_noise=2, feature_noise=0.1, steps=1)
+    config = schedules["concepts"].model_copy(update={"hardening": hardening})
     found = [
         train_concepts(backbone, Taxonomy.default(), samples, config, Work(tmp_path / str(i)))
         for i in range(2)

@@ -59,9 +59,8 @@ def test_tokens_change_their_rows_alone(
 
 
 def test_no_tokens_change_nothing(
-    llava_dir: Path, samples: list[Sample], schedules: Any, tmp_path: Path
+    backbone: Backbone, samples: list[Sample], schedules: Any, tmp_path: Path
 ) -> None:
-    backbone = Backbone.from_pretrained(llava_dir)
     before = copied(backbone)
     none = schedules["tokens"].model_copy(update={"count": 0})
     assert train_tokens(backbone, samples, none, Work(tmp_path)) == []
@@ -70,9 +69,8 @@ def test_no_tokens_change_nothing(
 
 
 def test_lora_changes_its_own_matrices_alone(
-    llava_dir: Path, samples: list[Sample], schedules: Any, tmp_path: Path
+    backbone: Backbone, samples: list[Sample], schedules: Any, tmp_path: Path
 ) -> None:
-    backbone = Backbone.from_pretrained(llava_dir)
     before = copied(backbone)
     adapter, history = train_lora(
         backbone, dialogues(samples), schedules["lora"], Work(tmp_path, report_to=())
@@ -105,9 +103,8 @@ def test_gradient_checkpointing_changes_no_result(
 
 
 def test_the_loss_is_on_the_answer_beside_image_and_hint(
-    llava_dir: Path, samples: list[Sample]
+    backbone: Backbone, samples: list[Sample]
 ) -> None:
-    backbone = Backbone.from_pretrained(llava_dir)
     text_only = Sample("t", (), (Turn("user", "Hi?"), Turn("assistant", "Hello.")))
     rows = dialogues([samples[0], text_only], ["Safe Hint: take care.", None])
     opened = _Opened(rows, sizes(backbone, rows))
