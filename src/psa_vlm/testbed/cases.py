@@ -10,7 +10,7 @@ alignment never showed, half of the requests in wordings that it never showed ei
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -131,13 +131,19 @@ def _sample(rng: Random, cell: Cell, source: _Source, name: str, split: str) -> 
     )
 
 
-def alignment_samples(count: int, seed: int, split: str = "train") -> list[Sample]:
-    """Fresh labelled scenes with the aligned answers, in the mix of `ALIGNMENT_MIX`.
+def alignment_samples(
+    count: int, seed: int, split: str = "train", mix: Mapping[Cell, float] = ALIGNMENT_MIX
+) -> list[Sample]:
+    """Fresh labelled scenes with the aligned answers.
 
-    Different `split` names draw different scenes from the same seed.
+    Args:
+        count: how many.
+        seed: of the scenes.
+        split: different names draw different scenes from the same seed.
+        mix: weight of each cell.
     """
     rng = Random(f"alignment/{split}/{seed}")
-    cells = rng.choices(list(ALIGNMENT_MIX), weights=list(ALIGNMENT_MIX.values()), k=count)
+    cells = rng.choices(list(mix), weights=list(mix.values()), k=count)
     source = _Source.alignment()
     return [
         _sample(rng, cell, source, f"{split}-{seed}-{i}", split) for i, cell in enumerate(cells)
