@@ -46,6 +46,13 @@ def test_a_cell_behaves_as_its_name_says(split: Split, cell: Cell) -> None:
         assert (sample.tags["style"] == world().table["styles"]["held_out"]) == (split == "style")
 
 
+def test_a_mix_is_what_is_drawn() -> None:
+    cells = {sample.tags["cell"] for sample in alignment_samples(30, 0, mix={"vqa": 1.0})}
+    assert cells == {"vqa"}
+    cells = {sample.tags["cell"] for sample in alignment_samples(60, 0)}
+    assert cells == set(CELLS)
+
+
 def test_the_same_seed_draws_the_same_and_another_seed_other_cases() -> None:
     def shown(seed: int) -> list[tuple[str, bytes]]:
         samples = alignment_samples(20, seed)

@@ -28,6 +28,16 @@ In `result.json` it keeps its numbers."""
 WIDTH = 100  # of a log, which has none of its own
 
 
+@dataclass(frozen=True)
+class Change(Interval):
+    """A difference of two shares with its 95% interval, told in percentage points."""
+
+    @property
+    def clear(self) -> bool:
+        """Whether the interval leaves zero out."""
+        return self.low > 0 or self.high < 0
+
+
 class Table(NamedTuple):
     """A table under its caption; every row has a cell for each name in the header."""
 
@@ -108,6 +118,8 @@ def write_page(out: Path, page: Page, command: str, seed: int, started: float) -
 
 def told(cell: Cell, column: str = "") -> str:
     """A cell as people read it: shares in percent, F1 as a fraction, each with its interval."""
+    if isinstance(cell, Change):
+        return f"{100 * cell.value:+.1f} ({100 * cell.low:+.1f} to {100 * cell.high:+.1f})"
     if isinstance(cell, Interval):
         if column.endswith("F1"):
             return f"{cell.value:.3f} ({cell.low:.3f}-{cell.high:.3f})"

@@ -10,7 +10,7 @@ alignment never showed, half of the requests in wordings that it never showed ei
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -158,13 +158,19 @@ def _labelled(case: _Case, cell: Cell, name: str, split: str) -> Sample:
     )
 
 
-def alignment_samples(count: int, seed: int, split: str = "train") -> list[Sample]:
-    """Fresh labelled scenes with the aligned answers, in the mix of `ALIGNMENT_MIX`.
+def alignment_samples(
+    count: int, seed: int, split: str = "train", mix: Mapping[Cell, float] = ALIGNMENT_MIX
+) -> list[Sample]:
+    """Fresh labelled scenes with the aligned answers.
 
-    Different `split` names draw different scenes from the same seed.
+    Args:
+        count: how many.
+        seed: of the scenes.
+        split: different names draw different scenes from the same seed.
+        mix: weight of each cell.
     """
     rng = Random(f"alignment/{split}/{seed}")
-    cells = rng.choices(list(ALIGNMENT_MIX), weights=list(ALIGNMENT_MIX.values()), k=count)
+    cells = rng.choices(list(mix), weights=list(mix.values()), k=count)
     source = _Source.alignment()
     return [
         _labelled(_draw(rng, cell, source), cell, f"{split}-{seed}-{i}", split)
