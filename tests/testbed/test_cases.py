@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -11,10 +12,13 @@ from psa_vlm.evaluation.scorers import is_refusal
 from psa_vlm.taxonomy import Taxonomy
 from psa_vlm.testbed.cases import (
     CELLS,
+    FOREIGN,
+    OWN,
     SPLITS,
     Cell,
     Split,
     alignment_samples,
+    draw_sample,
     evaluation_samples,
     write_samples,
 )
@@ -68,3 +72,30 @@ def test_written_samples_read_back_with_the_same_labels(tmp_path: Path) -> None:
     assert [(s.type, s.level, s.question, s.answer) for s in read] == [
         (s.type, s.level, s.question, s.answer) for s in drawn
     ]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_wished_case_is_what_was_wished(split: Split) -> None:
+    rng = Random(0)
+    for risk, asked, setting, level, cell in (
+        ("privacy", OWN, "alone", "high", "risky"),
+        ("privacy", OWN, "companion", "medium", "risky"),
+        ("fairness", "ask", "alone", "low", "lookalike"),
+        (None, FOREIGN, "person", "safe", "harmless"),
+        (None, OWN, "alone", "safe", "harmless"),
+        (None, "describe", "person", "safe", "vqa"),
+    ):
+        for sign in (True, False):
+            one = draw_sample(rng, split, "x", risk, asked, setting, sign)
+            assert (one.type, one.level) == (risk or "clean", level)
+            assert (one.tags["cell"], one.tags["setting"]) == (cell, setting)
+            assert (one.tags["sign"] in world().table["signs"]) == sign
+            assert ("sign" in one.tags["things"].split("+")) == sign
+            assert is_refusal(one.answer or "") == (cell == "risky")
+            assert ("harmful" in one.tags) == (cell == "risky")
+            if asked == OWN and risk:
+                assert one.tags["request"] == risk
+            if asked == FOREIGN:
+                assert one.tags["request"] in world().risk_types
+    read = draw_sample(rng, split, "x", None, "describe", sign=True, question="read")
+    assert read.answer == f"The sign says {read.tags['sign']}."

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from psa_vlm.cli.options import quiet
+from psa_vlm.cli.options import Base, quiet
 from psa_vlm.errors import InputError
 
 
@@ -31,6 +31,14 @@ def experiment(
     out: Annotated[
         Path | None, typer.Option(help="Folder for the page; default: runs/experiments/NAME.")
     ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="slices: a labelled set; default: the testbed's.")
+    ] = None,
+    images: Annotated[Path | None, typer.Option(help="slices: folder of its images.")] = None,
+    tag: Annotated[
+        str | None, typer.Option(help="slices: the tag of the samples that makes them.")
+    ] = None,
+    base: Base = None,
 ) -> None:
     """Run an experiment and write its page: page.html, tables.md and result.json."""
     from psa_vlm.experiments import EXPERIMENTS
@@ -46,15 +54,21 @@ def experiment(
 
     module = import_module(EXPERIMENTS[name])
     out = out or Path("runs/experiments") / name
-    reads = "trained" in signature(module.run).parameters
-    if reads and run is None:
+    taken = signature(module.run).parameters
+    if "trained" in taken and run is None:
         raise InputError(f"the experiment {name} reads a run: name one with --run")
-    if run is not None and not reads:
+    if run is not None and "trained" not in taken:
         raise InputError(f"the experiment {name} trains its own runs: leave --run out")
+    options = {"trained": run, "base": base, "data": data, "images": images, "tag": tag}
+    given = {option: value for option, value in options.items() if value is not None}
+    if unknown := [option for option in given if option not in taken]:
+        raise InputError(f"the experiment {name} has no --{unknown[0]}: leave it out")
     quiet()
     started = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
-    page = module.run(out, scale.value, seed, *([run] if reads else []))
-    named = f" --run {run}" if reads else ""
-    command = f"psa-vlm experiment {name}{named} --scale {scale.value} --seed {seed}"
+    page = module.run(out, scale.value, seed, **given)
+    words = [f"--{key} {value}" for key, value in given.items()]
+    command = " ".join(
+        [f"psa-vlm experiment {name}", *words, f"--scale {scale.value} --seed {seed}"]
+    ).replace("--trained", "--run")
     write_page(out, page, command, seed, started)

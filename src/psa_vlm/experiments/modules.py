@@ -182,7 +182,7 @@ def probed(even: dict[Split, Readings], label: str, names: Sequence[str]) -> Tab
     rows.append([f"always {names[int(commonest)]}", None, *guessed])
     rows.append(["n", None, *(len(test.side) for test in tests)])
     caption = f"A linear probe tells the {label} (trained on {len(train.side):,} others)"
-    return Table(caption, ["from", "width", *(SPLITS[split] for split in even)], rows)
+    return Table(caption, ["from", "width", *even], rows)
 
 
 def by_variant(diverse: dict[Split, Readings]) -> tuple[Table, list[str]]:
@@ -192,7 +192,7 @@ def by_variant(diverse: dict[Split, Readings]) -> tuple[Table, list[str]]:
             np.concatenate([one.safe for one in diverse.values()]),
             np.concatenate([one.level_ids for one in diverse.values()]) == 0,
         )
-    } | {SPLITS[split]: (one.safe, one.level_ids == 0) for split, one in diverse.items()}
+    } | {split: (one.safe, one.level_ids == 0) for split, one in diverse.items()}
     scores, is_safe = groups["all"]
     rows: list[list[Cell]] = []
     notes = []
@@ -211,7 +211,7 @@ def by_variant(diverse: dict[Split, Readings]) -> tuple[Table, list[str]]:
     share = bootstrap_mean(np.concatenate([one.on_tokens for one in diverse.values()]).tolist())
     if share is not None:
         notes.append(f"Of the head's attention, {told(share)} goes to the safety tokens (1).")
-    header = ["safety tokens (1)", *groups, "change on all, points"]
+    header = ["safety tokens (1)", *groups, "change on all, in points"]
     return Table("AUROC of P(level safe), safe against unsafe", header, rows), notes
 
 

@@ -88,6 +88,13 @@ SCORES: dict[str, Score] = {
     "a policy's thresholds": policy_score,
     "P(refused level)": level_score,
 }
+COLOURS = dict(
+    zip(
+        (LIKELIEST, REPLIES, *SCORES),
+        ("--bad", "--system_prompt", "--stage2", "--lora"),
+        strict=True,
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -194,7 +201,7 @@ def operating(
     """Attack success against false refusals as the threshold sweeps, and where each way stands."""
     risky = np.array([one.risky for one in measured])
     data: list[dict[str, Any]] = []
-    for (name, score), colour in zip(SCORES.items(), ("--stage2", "--lora"), strict=True):
+    for name, score in SCORES.items():
         line = curve(measured, score, taxonomy)
         data.append(
             {
@@ -203,7 +210,7 @@ def operating(
                 "name": name,
                 "x": [refused.value for _, refused, _ in line],
                 "y": [missed.value for _, _, missed in line],
-                "line": {"color": colour, "width": 2, "shape": "hv"},
+                "line": {"color": COLOURS[name], "width": 2, "shape": "hv"},
                 "hovertext": [
                     f"{name}, threshold {limit:.4g}<br>{_hover(refused, missed)}"
                     for limit, refused, missed in line
@@ -211,8 +218,8 @@ def operating(
                 "hoverinfo": "text",
             }
         )
-    marks = ("--bad", "--system_prompt", *("--stage2",) * 3, *("--lora",) * 3)
-    for way, colour in zip(ways, marks, strict=False):
+    for way in ways:
+        colour = next(one for name, one in COLOURS.items() if way.name.startswith(name))
         refused, missed = way.false_refusals(risky), way.misses(risky)
         data.append(
             {
