@@ -57,7 +57,7 @@ class Scale:
     risky: int
 
 
-SCALES = {"small": Scale(100, 300), "full": Scale(500, 1500)}
+SCALES = {"small": Scale(250, 750), "full": Scale(1000, 3000)}
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ class Scale:
     """Of each type at each level, for the confusion."""
 
 
-SCALES = {"small": Scale(700, 150, 40), "full": Scale(3500, 1000, 250)}
+SCALES = {"small": Scale(1400, 300, 80), "full": Scale(3500, 1000, 250)}
 
 
 def run(out: Path, scale: str, seed: int, trained: Path, base: Path | None = None) -> Page:

@@ -48,7 +48,7 @@ class Scale:
     """Risky ones of each art style, and as many harmless ones."""
 
 
-SCALES = {"small": Scale(250), "full": Scale(1500)}
+SCALES = {"small": Scale(500), "full": Scale(2000)}
 
 
 def run(
