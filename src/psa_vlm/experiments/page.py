@@ -81,11 +81,12 @@ def write_page(out: Path, page: Page, command: str, seed: int, started: float) -
     """
     out.mkdir(parents=True, exist_ok=True)
     tables = [Table(*table) for table in page.tables]
+    seconds = round(time.monotonic() - started, 1)
     made = {
         "command": command,
         "seed": seed,
         "commit": git_commit(),
-        "seconds": round(time.monotonic() - started, 1),
+        "seconds": seconds,
         "machine": processor(),
     }
     result = {"title": page.title, "question": page.question, **made, "notes": list(page.notes)}
@@ -105,7 +106,7 @@ def write_page(out: Path, page: Page, command: str, seed: int, started: float) -
         page=page,
         tables=[(table.caption, table.header, _rows(table, parts)) for table in tables],
         made=made,
-        duration=report.duration(made["seconds"]),
+        duration=report.duration(seconds),
     )
     console = Console()
     if not console.is_terminal:
