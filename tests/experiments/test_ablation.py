@@ -64,7 +64,8 @@ def test_a_change_is_named_where_it_is_clear(records: Make) -> None:
 
 def test_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bare = ("concepts.projector=linear", "concepts.tokens=0", "concepts.pooling=none")
-    arms = {WHOLE: Arm((*bare, "tokens.count=0")), "without stage II": ARMS["without stage II"]}
+    quick = (*bare, "concepts.epochs=1", "tokens.epochs=0")
+    arms = {WHOLE: Arm(quick, ("lora.epochs=1",)), "without stage II": Arm(quick, None)}
     monkeypatch.setattr(ablation, "ARMS", arms)
     monkeypatch.setitem(ablation.SCALES, "small", Scale(alignment=8, per_cell=1, seeds=1))
     page = ablation.run(tmp_path, "small", seed=3)

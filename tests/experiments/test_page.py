@@ -11,7 +11,7 @@ import pytest
 
 from psa_vlm.evaluation import figures
 from psa_vlm.evaluation.scorers import wilson
-from psa_vlm.experiments.page import Page, Table, told, write_page
+from psa_vlm.experiments.page import Change, Page, Table, told, write_page
 
 SHARE = wilson([True] * 3 + [False])
 assert SHARE is not None
@@ -36,7 +36,10 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_figure_is_told_with_its_interval() -> None:
     assert told(SHARE) == "75.0% (30.1-95.4)"
-    assert told(SHARE, "type F1") == "0.750 (0.301-0.954)"
+    assert told(SHARE, "type F1") == "0.750 (0.30-0.95)"
+    change = Change(-0.25, -0.5, 0.0, 4)
+    assert told(change) == "-25.0 (-50.0 to +0.0)" and not change.clear
+    assert Change(0.1, 0.05, 0.2, 9).clear
     assert [told(cell) for cell in ("as it is", 1200, 0.16667, None)] == [
         *("as it is", "1,200", "0.1667", "-")
     ]
@@ -53,7 +56,7 @@ def test_the_json_keeps_numbers_and_says_what_made_them(out: Path) -> None:
 def test_the_markdown_can_be_pasted(out: Path) -> None:
     text = (out / "tables.md").read_text("utf-8")
     assert "**By [x]**\n\n| x | refused | type F1 | n |\n|---|---|---|---|\n" in text
-    assert "| a \\| b | 75.0% (30.1-95.4) | 0.750 (0.301-0.954) | 1,200 |" in text
+    assert "| a \\| b | 75.0% (30.1-95.4) | 0.750 (0.30-0.95) | 1,200 |" in text
     assert text.endswith("\n\n- x is [better].\n")
 
 
@@ -70,5 +73,5 @@ def test_the_terminal_shows_every_table_and_note(
 ) -> None:
     write_page(tmp_path, PAGE, "x", 0, time.monotonic())
     shown = capsys.readouterr().out
-    for words in ("By [x]", "Plain words", "75.0% (30.1-95.4)", "- x is [better]."):
+    for words in ("By [x]", "Plain words", "75.0%", "30.1-95.4", "- x is [better]."):
         assert words in shown

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from psa_vlm.experiments import ratio
+from psa_vlm.experiments.arms import Arm
 from psa_vlm.experiments.ratio import RULE, Line, Scale, draw
 from psa_vlm.testbed.world import world
 
@@ -52,10 +53,17 @@ def test_the_page_says_where_the_best_is_and_whether_the_rule_is_near(records: M
     assert page.plots[0][1]["layout"]["xaxis"]["type"] == "log"
 
 
+def test_a_line_says_how_it_is_trained() -> None:
+    assert Line(300).arm == Arm(("concepts.class_balance=false",))
+    assert Line(300, balanced=True).arm == Arm(("concepts.class_balance=true",))
+    assert Line(300, balanced=True).name == "300 risky, classes weighed"
+
+
 def test_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny = Scale((Line(6),), (RULE, 1.0), per_cell=1, seeds=1)
-    monkeypatch.setitem(ratio.SCALES, "small", tiny)
+    monkeypatch.setitem(ratio.SCALES, "small", Scale((Line(6),), (RULE,), per_cell=1, seeds=1))
+    quick = ("concepts.epochs=1", "concepts.class_balance=false", "tokens.epochs=0")
+    monkeypatch.setattr(Line, "arm", Arm(quick, ("lora.epochs=1",)))
     page = ratio.run(tmp_path, "small", seed=3)
-    assert [row[2] for row in page.tables[0][2]] == [1, 6]
+    assert [row[2] for row in page.tables[0][2]] == [1]
     monkeypatch.setattr(ratio, "draw", lambda *arguments: pytest.fail("trained again"))
     assert ratio.run(tmp_path, "small", seed=3) == page

@@ -53,6 +53,9 @@ SCALES = {"small": Scale(1000, 60, 1), "full": Scale(2000, 300, 3)}
 Results = dict[str, list[Record]]
 """The records of every arm, of all seeds in order."""
 
+Changes = dict[str, dict[str, Change | None]]
+"""Of every arm but the whole method, the change of each share."""
+
 
 def run(out: Path, scale: str, seed: int) -> Page:
     """Train and measure every arm; what is in `out` already is not done again."""
@@ -68,17 +71,24 @@ def run(out: Path, scale: str, seed: int) -> Page:
 
 def page(results: Results) -> Page:
     """The page of records, which may be of one seed or several."""
-    tables = [_table("All held-out splits", results), _changes(results)]
+    changes = {
+        name: {
+            measure: change(results[WHOLE], records, right) for measure, right in MEASURES.items()
+        }
+        for name, records in results.items()
+        if name != WHOLE
+    }
+    tables = [_table("All held-out splits", results), _table_of(changes)]
     for split, words in SPLITS.items():
         some = {
             name: [one for one in records if one.split == split]
             for name, records in results.items()
         }
         tables.append(_table(f"{split}: {words}", some))
+    found = {name: figures_of(records) for name, records in results.items()}
     plots = []
     for metric, label in METRICS.items():
-        found = {name: figures_of(records)[metric] for name, records in results.items()}
-        known = {name: figure for name, figure in found.items() if figure is not None}
+        known = {name: one for name, all_ in found.items() if (one := all_[metric]) is not None}
         plots.append((label, figures.dots(known)))
     return Page(
         "What does each part add?",
@@ -86,7 +96,7 @@ def page(results: Results) -> Page:
         " and asked the same.",
         tables,
         plots,
-        _notes(results),
+        _notes(changes),
     )
 
 
@@ -124,34 +134,23 @@ MEASURES: dict[str, Callable[[Record], bool | None]] = {
 """Shares whose change is told, each of single requests."""
 
 
-def _change(results: Results, name: str, measure: str) -> Change:
-    found = change(results[WHOLE], results[name], MEASURES[measure])
-    assert found is not None  # every cell has requests
-    return found
-
-
-def _changes(results: Results) -> Table:
-    others = [name for name in results if name != WHOLE]
-    rows: list[list[Cell]] = [
-        [name, *(_change(results, name, measure) for measure in MEASURES)] for name in others
-    ]
+def _table_of(changes: Changes) -> Table:
     return Table(
         "Change against the whole method, in percentage points on the same requests",
         ("method", *MEASURES),
-        rows,
+        [[name, *found.values()] for name, found in changes.items()],
     )
 
 
-def _notes(results: Results) -> list[str]:
+def _notes(changes: Changes) -> list[str]:
     """What changes clearly without each part, and how many such findings chance alone makes."""
     notes = []
-    for name in results:
-        if name == WHOLE:
-            continue
-        found = {measure: _change(results, name, measure) for measure in MEASURES}
-        clear = [f"{measure} {told(one)} points" for measure, one in found.items() if one.clear]
+    for name, found in changes.items():
+        clear = [
+            f"{measure} {told(one)} points" for measure, one in found.items() if one and one.clear
+        ]
         notes.append(f"{name}: {', '.join(clear) or 'no share changes clearly'}.")
-    tested = len(notes) * len(MEASURES)
+    tested = len(changes) * len(MEASURES)
     notes.append(
         f"Each of the {tested} changes stands with its own 95% interval: about {tested / 20:.0f} of"
         " them would seem clear by chance alone."

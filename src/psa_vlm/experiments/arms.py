@@ -60,7 +60,7 @@ def measure(out: Path, arm: Arm, scenes: Scenes, per_cell: int, seed: int) -> li
         per_cell: requests of each split and cell.
         seed: of scenes, training and requests.
     """
-    trained = (scenes.name, seed, git_commit())
+    trained = (scenes.name, seed, _commit())
     first = out / "runs" / f"stage1-{_key(arm.stage1, *trained)}"
     second = out / "runs" / f"stage2-{_key(arm, *trained)}"
 
@@ -102,6 +102,7 @@ def change(
 
 
 _asked = lru_cache(maxsize=1)(held_out)
+_commit = lru_cache(git_commit)  # of the code that runs, whatever is committed meanwhile
 
 
 def _told(arm: Arm) -> str:

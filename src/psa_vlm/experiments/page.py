@@ -6,10 +6,10 @@ import json
 import platform
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from rich import box
 from rich.console import Console
@@ -25,6 +25,7 @@ Cell = str | int | float | Interval | None
 """What stands in a table: words, a number, a figure with its interval, or None where there is none.
 In `result.json` it keeps its numbers."""
 
+T = TypeVar("T")
 WIDTH = 100  # of a log, which has none of its own
 
 
@@ -80,11 +81,12 @@ def write_page(out: Path, page: Page, command: str, seed: int, started: float) -
     """
     out.mkdir(parents=True, exist_ok=True)
     tables = [Table(*table) for table in page.tables]
+    seconds = round(time.monotonic() - started, 1)
     made = {
         "command": command,
         "seed": seed,
         "commit": git_commit(),
-        "seconds": round(time.monotonic() - started, 1),
+        "seconds": seconds,
         "machine": processor(),
     }
     result = {"title": page.title, "question": page.question, **made, "notes": list(page.notes)}
@@ -102,9 +104,9 @@ def write_page(out: Path, page: Page, command: str, seed: int, started: float) -
         "experiment.html",
         {f"plot-{index}": figure for index, (_, figure) in enumerate(page.plots)},
         page=page,
-        tables=[(table.caption, table.header, _told(table)) for table in tables],
+        tables=[(table.caption, table.header, _rows(table, parts)) for table in tables],
         made=made,
-        duration=report.duration(made["seconds"]),
+        duration=report.duration(seconds),
     )
     console = Console()
     if not console.is_terminal:
@@ -118,17 +120,23 @@ def write_page(out: Path, page: Page, command: str, seed: int, started: float) -
 
 def told(cell: Cell, column: str = "") -> str:
     """A cell as people read it: shares in percent, F1 as a fraction, each with its interval."""
+    value, interval = parts(cell, column)
+    return f"{value} ({interval})" if interval else value
+
+
+def parts(cell: Cell, column: str = "") -> tuple[str, str]:
+    """`told` in two: the figure, and its interval or nothing."""
     if isinstance(cell, Change):
-        return f"{100 * cell.value:+.1f} ({100 * cell.low:+.1f} to {100 * cell.high:+.1f})"
+        return f"{100 * cell.value:+.1f}", f"{100 * cell.low:+.1f} to {100 * cell.high:+.1f}"
     if isinstance(cell, Interval):
         if column.endswith("F1"):
-            return f"{cell.value:.3f} ({cell.low:.3f}-{cell.high:.3f})"
-        return f"{100 * cell.value:.1f}% ({100 * cell.low:.1f}-{100 * cell.high:.1f})"
+            return f"{cell.value:.3f}", f"{cell.low:.2f}-{cell.high:.2f}"
+        return f"{100 * cell.value:.1f}%", f"{100 * cell.low:.1f}-{100 * cell.high:.1f}"
     if cell is None:
-        return "-"
+        return "-", ""
     if isinstance(cell, float):
-        return f"{cell:.4g}"
-    return f"{cell:,}" if isinstance(cell, int) else cell
+        return f"{cell:.4g}", ""
+    return f"{cell:,}" if isinstance(cell, int) else cell, ""
 
 
 def processor() -> str:
@@ -142,11 +150,18 @@ def _plain(cell: Cell) -> Any:
     return asdict(cell) if isinstance(cell, Interval) else cell
 
 
-def _told(table: Table) -> list[list[str]]:
+def _rows(table: Table, how: Callable[[Cell, str], T]) -> list[list[T]]:
+    """The cells of a table, each put into words."""
     return [
-        [told(cell, name) for name, cell in zip(table.header, row, strict=True)]
+        [how(cell, name) for name, cell in zip(table.header, row, strict=True)]
         for row in table.rows
     ]
+
+
+def _stacked(cell: Cell, column: str) -> str:
+    """For the terminal, which is narrow: the interval below its figure."""
+    value, interval = parts(cell, column)
+    return f"{escape(value)}\n[dim]{interval}[/dim]" if interval else escape(value)
 
 
 def _markdown(tables: Sequence[Table], notes: Sequence[str]) -> str:
@@ -155,7 +170,7 @@ def _markdown(tables: Sequence[Table], notes: Sequence[str]) -> str:
 
     blocks = [
         [f"**{table.caption}**", "", line(table.header), "|---" * len(table.header) + "|"]
-        + [line(row) for row in _told(table)]
+        + [line(row) for row in _rows(table, told)]
         for table in tables
     ]
     blocks += [[f"- {note}" for note in notes]] if notes else []
@@ -167,6 +182,6 @@ def _shown(table: Table) -> Shown:
     shown.title_justify, shown.title_style = "left", "bold"
     for index, name in enumerate(table.header):
         shown.add_column(escape(name), justify="right" if index else "left", overflow="fold")
-    for row in _told(table):
-        shown.add_row(*map(escape, row))
+    for row in _rows(table, _stacked):
+        shown.add_row(*row)
     return shown

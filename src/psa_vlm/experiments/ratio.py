@@ -123,7 +123,9 @@ def page(results: Results) -> Page:
         for (line, ratio), one in found.items():
             if (figure := one[name]) is not None:
                 series.setdefault(line.name, []).append((ratio, figure))
-        plots.append((name, figures.shares(series, "clean : risky", log=True)))
+        plot = figures.shares(series, "clean : risky", log=True)
+        plot["layout"]["yaxis"]["autorange"] = True  # the differences are small
+        plots.append((name, plot))
     notes = [sentence for line in lines for sentence in _notes(line, results)]
     return Page(
         "How many clean samples beside the risky ones?",

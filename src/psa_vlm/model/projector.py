@@ -125,15 +125,20 @@ class SafetyProjector(nn.Module):
         return x
 
 
-class LinearProjector(nn.Linear):
+class LinearProjector(nn.Module):
     """One linear layer for each position, h_o -> h_s, in the place of the C-Abstractor."""
+
+    def __init__(self, vision_width: int, text_width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(vision_width, text_width)
 
     def forward(
         self, vision_features: Tensor, grid: tuple[int, int], queries: tuple[int, int]
     ) -> Tensor:
         """As :meth:`SafetyProjector.forward`."""
         x = _pooled(vision_features.unflatten(1, grid), queries)  # [B, Hq, Wq, Dv]
-        return super().forward(x.flatten(1, 2))  # [B, Q, D]
+        h_s: Tensor = self.linear(x.flatten(1, 2))  # [B, Q, D]
+        return h_s
 
 
 def _pooled(x: Tensor, queries: tuple[int, int]) -> Tensor:
