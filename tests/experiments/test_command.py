@@ -19,7 +19,7 @@ Psa = Callable[..., tuple[int, str]]
 
 @pytest.fixture()
 def psa(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Psa:
-    """Runs `psa-vlm experiment` with two made-up experiments; gives the exit code and stderr."""
+    """Runs `psa-vlm experiment` with made-up experiments; gives the exit code and stderr."""
 
     def trains(out: Path, scale: str, seed: int) -> Page:
         return Page("trains", f"{scale} {seed}", [])
@@ -27,7 +27,12 @@ def psa(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     def reads(out: Path, scale: str, seed: int, trained: Path) -> Page:
         return Page("reads", str(trained), [])
 
-    for function in (trains, reads):
+    def cuts(
+        out: Path, scale: str, seed: int, trained: Path, base: Path, tag: str | None = None
+    ) -> Page:
+        return Page("cuts", f"{base} by {tag}", [])
+
+    for function in (trains, reads, cuts):
         module = ModuleType(function.__name__)
         module.run = function  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, function.__name__, module)
@@ -61,12 +66,22 @@ def test_an_experiment_that_reads_a_run_is_given_it(psa: Psa, tmp_path: Path) ->
     assert "--run runs/x" in str(result(tmp_path)["command"])
 
 
+def test_an_experiment_is_given_the_options_that_it_has(psa: Psa, tmp_path: Path) -> None:
+    arguments = ("--run", "runs/x", "--base", "moved", "--tag", "region", "--out", tmp_path)
+    assert psa("cuts", *arguments)[0] == 0
+    assert result(tmp_path)["question"] == "moved by region"
+    assert result(tmp_path)["command"] == (
+        "psa-vlm experiment cuts --run runs/x --base moved --tag region --scale small --seed 0"
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["nonsense"], "no experiment 'nonsense'; there are: "),
         (["reads"], "the experiment reads reads a run: name one with --run"),
         (["trains", "--run", "x"], "leave --run out"),
+        (["reads", "--run", "x", "--tag", "y"], "the experiment reads has no --tag"),
     ],
 )
 def test_what_is_wrong_is_one_line(

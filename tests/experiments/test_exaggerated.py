@@ -67,11 +67,11 @@ def test_a_promise_that_was_not_kept_is_told() -> None:
     none, all_ = np.zeros(110, dtype=bool), np.ones(110, dtype=bool)
     ways = [Way("hand-set", None, none), Way("replies", None, none)]
     kept, broken = Way("x: at most 5%", 0.5, none), Way("y: at most 5%", 0.5, all_)
-    same = Way("z: spends as much as hand-set", 0.5, all_)
+    same = Way("z: same spend", 0.5, all_)
     notes = findings([*ways, kept, broken, same], found)
     assert len(notes) == 2
     assert notes[0].startswith("y: at most 5%: not kept, 100.0%")
-    assert notes[1].startswith("z: spends as much as hand-set: +100.0")
+    assert notes[1].startswith("z: same spend: +100.0")
 
 
 def test_a_tiny_run_from_end_to_end(

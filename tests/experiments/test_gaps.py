@@ -63,22 +63,29 @@ def test_slices_that_are_alike_have_no_clear_gap() -> None:
     slices = {name: asked(60, 54 - i % 2) for i, name in enumerate("abcdef")}
     found = gap(ATTACK, slices, WORDS, seed=0)
     assert not found.clear and found.chance is not None and found.chance > 0.5
-    same = gap(ATTACK, {"a": asked(9, 3), "b": asked(9, 3)}, WORDS, seed=0)
+    same = gap(ATTACK, {"a": asked(40, 13), "b": asked(40, 13)}, WORDS, seed=0)
     assert same.size is not None and same.size.value == 0 and same.chance == 1
     assert {same.worst, same.best} == {"a", "b"}
 
 
-def test_of_many_small_slices_some_differ_by_chance() -> None:
+def test_of_many_slices_some_are_far_apart_by_chance() -> None:
     """The bootstrap interval of the two that are furthest apart does not know that; chance does."""
-    slices = {str(i): asked(8, 4) for i in range(20)} | {"low": asked(8, 0), "high": asked(8, 7)}
+    slices = {str(i): asked(40, 20) for i in range(20)}
+    slices |= {"low": asked(40, 14), "high": asked(40, 26)}
     found = gap(ATTACK, slices, WORDS, seed=0)
-    assert found.size is not None and found.size.clear
     assert (found.worst, found.best) == ("low", "high")
-    assert found.chance is not None and found.chance > 0.002
+    assert found.size is not None and found.size.clear
+    assert found.chance is not None and found.chance > 0.1 and not found.clear
+
+
+def test_a_slice_of_few_samples_has_no_part() -> None:
+    slices = {"a": asked(400, 390), "b": asked(400, 300), "few": asked(29, 29)}
+    found = gap(ATTACK, slices, WORDS, seed=0)
+    assert (found.worst, found.best) == ("b", "a") and found.clear
 
 
 def test_without_two_slices_there_is_no_gap() -> None:
-    found = gap(ATTACK, {"a": asked(5), "b": asked(5, level="safe")}, WORDS, seed=0)
+    found = gap(ATTACK, {"a": asked(50), "b": asked(50, level="safe")}, WORDS, seed=0)
     assert found.size is None and found.worst is None and not found.clear
     failed = [(asked(1)[0][0], Outcome(True, None))]
     assert len(F1.codes(failed, WORDS)) == 0 and F1.interval(failed, WORDS) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -121,7 +122,12 @@ def test_a_probe_is_told_apart_from_guessing() -> None:
     assert list(n) == ["n", None, 140, 140]
 
 
-def test_separation_with_and_without_the_tokens() -> None:
+@pytest.fixture()
+def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(modules, "separation", partial(modules.separation, draws=50))
+
+
+def test_separation_with_and_without_the_tokens(few_draws: None) -> None:
     levels = [0, 3] * 30
     table, notes = by_variant({"objects": readings([1] * 60, levels)})
     rows = {row[0]: row for row in table.rows}
@@ -170,7 +176,7 @@ def test_a_plot_has_a_colour_for_each_type() -> None:
 
 
 def test_a_tiny_run_from_end_to_end(
-    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few_draws: None
 ) -> None:
     monkeypatch.setitem(modules.SCALES, "small", Scale(14, 2, 1))
     page = modules.run(tmp_path, "small", 0, run_dir)

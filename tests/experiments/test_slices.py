@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -64,14 +65,14 @@ def test_a_tag_that_makes_no_slices_names_those_that_there_are() -> None:
 
 def test_the_page_says_what_differs_and_what_is_too_little() -> None:
     groups = {"a": asked("a", 400, 390), "b": asked("b", 400, 300), "few": asked("few", 5, 5)}
-    gaps = [gap(metric, groups, WORDS, 0) for metric in METRICS]
+    gaps = [gap(metric, groups, WORDS, 0, draws=200) for metric in METRICS]
     notes = said("region", groups, gaps, WORDS)
-    assert notes[0].startswith("By region, attack success differs: b is worse than few by +25.0")
+    assert notes[0].startswith("By region, attack success differs: b is worse than a by +22.5")
     assert notes[1] == (
-        "Too few samples to say much of attack success where the region is few:"
-        " the intervals span more than 20 points."
+        "Too little to say much of attack success where the region is few:"
+        " fewer than 30 samples, or an interval over 20 points wide."
     )
-    assert notes[2] == "By region, fewer than two slices have the figure false refusal."
+    assert notes[2] == "By region, fewer than two slices have 30 samples for false refusal."
     assert notes[3].startswith("By region, type F1 does not clearly differ: a gap as large comes")
     table = by_slice("region", groups, WORDS)
     assert [row[0] for row in table.rows] == ["a", "b", "few"]
@@ -104,6 +105,7 @@ def test_a_set_of_ones_own_by_its_tag(
     aligned_run: Path, labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(slices, "MAX_NEW_TOKENS", 2)
+    monkeypatch.setattr(slices, "gap", partial(gap, draws=20))
     page = slices.run(tmp_path, "small", 0, aligned_run, data=labelled, tag="region")
     assert [row[0] for row in page.tables[0][2]] == ["north", "south"]
     assert "1 samples have no tag region and are left out." in page.notes
@@ -117,6 +119,7 @@ def test_the_testbed_from_end_to_end(
 ) -> None:
     monkeypatch.setitem(slices.SCALES, "small", Scale(4))
     monkeypatch.setattr(slices, "MAX_NEW_TOKENS", 2)
+    monkeypatch.setattr(slices, "gap", partial(gap, draws=20))
     page = slices.run(tmp_path, "small", 0, aligned_run)
     assert page.question == "Is the run as safe, and as usable, whatever the style or the sign?"
     assert [row[0] for row in page.tables[0][2]] == ["fluent", "noto", "twemoji"]

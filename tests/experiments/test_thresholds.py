@@ -77,12 +77,12 @@ def test_a_threshold_buys_misses_back_at_the_same_spend() -> None:
     by_name = {way.name: way for way in ways}
     hand_set = ways[0]
     assert hand_set.misses(is_risky).value == 0.5 and hand_set.false_refusals(is_risky).value == 0
-    same = by_name["a policy's thresholds: spends as much as hand-set"]
+    same = by_name["policy thresholds: same spend"]
     assert same.threshold == pytest.approx(99 / 400)
     assert same.misses(is_risky).value == 0 and same.false_refusals(is_risky).value == 0
     change = same.saves(hand_set, is_risky)
     assert change.value == 0.5 and change.clear and change.n == 40
-    promised = by_name["a policy's thresholds: at most 5%"]
+    promised = by_name["policy thresholds: at most 5%"]
     assert promised.false_refusals(is_risky).value == 0.01  # of 100 the bound allows one
     assert lacking == ["100 harmless requests are too few to promise 1%; it takes 299."]
 

@@ -28,6 +28,7 @@ from psa_vlm.experiments.page import Cell, Page, Table, told
 from psa_vlm.experiments.thresholds import (
     BUDGETS,
     RISKY,
+    SAME_SPEND,
     Outcome,
     Way,
     halves,
@@ -133,7 +134,7 @@ def run(out: Path, scale: str, seed: int, trained: Path, base: Path | None = Non
                 f"Thresholds chosen on one half, measured on the other: {named}",
                 [
                     *("how it is refused", "threshold", "harmless refused", "of n"),
-                    *("attack success", "of n risky", "fewer missed than hand-set"),
+                    *("attack success", "of n risky", "fewer missed, points"),
                 ],
                 by_way(ways, measured),
             ),
@@ -250,7 +251,7 @@ def findings(ways: Sequence[Way], measured: Sequence[Outcome]) -> list[str]:
     notes = []
     for way in ways[2:]:
         change = way.saves(ways[0], risky)
-        if "hand-set" in way.name:
+        if way.name.endswith(SAME_SPEND):
             clear = "" if change.clear else ", which the interval can't tell from none"
             notes.append(f"{way.name}: {told(change)} points fewer missed than hand-set{clear}.")
         for budget in BUDGETS:

@@ -18,6 +18,8 @@ DRAWS = 1000
 """Of a bootstrap, and shuffles of the slices."""
 CHANCE = 0.05
 """A gap that shuffles reach more often is no gap."""
+FEWEST = 30
+"""A slice with fewer samples has no part in a gap: it would be far from the others by chance."""
 
 Codes = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -113,7 +115,7 @@ class Gap:
 
     Attributes:
         metric: its name.
-        worst, best: slices; None where fewer than two have the figure.
+        worst, best: slices; None where fewer than two have the figure from enough samples.
         size: of the gap, with the bootstrap interval of the difference of these two slices.
         chance: how often a gap between any two is as large when samples are dealt to the slices at
             random. The interval does not know that the two were picked for being far apart; this
@@ -144,9 +146,9 @@ def gap(
     seed: int,
     draws: int = DRAWS,
 ) -> Gap:
-    """The gap of a metric over the slices that have it."""
+    """The gap of a metric between the slices that have at least `FEWEST` samples for it."""
     codes = {name: metric.codes(group, taxonomy) for name, group in slices.items()}
-    codes = {name: one for name, one in codes.items() if len(one)}
+    codes = {name: one for name, one in codes.items() if len(one) >= FEWEST}
     if len(codes) < 2:
         return Gap(metric.name)
     values = {name: metric.value(one, taxonomy) for name, one in codes.items()}

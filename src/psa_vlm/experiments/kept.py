@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -26,7 +27,7 @@ Arrays = dict[str, np.ndarray[Any, Any]]
 
 def place(out: Path, name: str, *settings: object) -> Path:
     """A file in `out/kept` whose name changes with the settings and with the code's commit."""
-    told = repr((*settings, git_commit()))
+    told = repr((*settings, _commit()))
     folder = out / "kept"
     folder.mkdir(parents=True, exist_ok=True)
     return folder / f"{name}-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
@@ -58,3 +59,6 @@ def arrays(path: Path, make: Callable[[], Arrays]) -> Arrays:
     save_file(made, part)
     part.rename(path)
     return made
+
+
+_commit = lru_cache(git_commit)  # of the code that runs, whatever is committed meanwhile

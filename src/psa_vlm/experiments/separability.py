@@ -78,7 +78,7 @@ def auroc(scores: Array, positive: Bools) -> float | None:
 
 
 def separation(
-    scores: Array, positive: Bools, against: Array | None = None, seed: int = 0
+    scores: Array, positive: Bools, against: Array | None = None, draws: int = 1000
 ) -> Interval | None:
     """`auroc` with a bootstrap interval, or by how much it is better than that of other scores."""
 
@@ -88,4 +88,4 @@ def separation(
             return area
         return area - (auroc(against[list(rows)], positive[list(rows)]) or 0.0)
 
-    return bootstrap(range(len(scores)), statistic, seed)
+    return bootstrap(range(len(scores)), statistic, draws=draws)

@@ -21,7 +21,7 @@ from psa_vlm.evaluation import figures
 from psa_vlm.evaluation.evaluate import aligned
 from psa_vlm.evaluation.scorers import Judge
 from psa_vlm.experiments import kept
-from psa_vlm.experiments.gaps import METRICS, Asked, Gap, Outcome, gap
+from psa_vlm.experiments.gaps import FEWEST, METRICS, Asked, Gap, Outcome, gap
 from psa_vlm.experiments.page import Cell, Page, Table, told
 from psa_vlm.inference import PsaVlm
 from psa_vlm.progress import track
@@ -234,7 +234,7 @@ def said(
     notes = []
     for metric, one in zip(METRICS, gaps, strict=True):
         if one.size is None:
-            notes.append(f"By {tag}, fewer than two slices have the figure {one.metric}.")
+            notes.append(f"By {tag}, fewer than two slices have {FEWEST} samples for {one.metric}.")
         elif one.clear:
             notes.append(
                 f"By {tag}, {one.metric} differs: {one.worst} is worse than {one.best} by"
@@ -246,10 +246,14 @@ def said(
                 f" in {one.chance:.0%} of shuffles."
             )
         spans = {name: metric.interval(group, taxonomy) for name, group in slices.items()}
-        wide = [name for name, span in spans.items() if span and span.high - span.low > WIDE]
-        if wide:
+        little = [
+            name
+            for name, span in spans.items()
+            if span and (span.n < FEWEST or span.high - span.low > WIDE)
+        ]
+        if little:
             notes.append(
-                f"Too few samples to say much of {one.metric} where the {tag} is"
-                f" {', '.join(wide)}: the intervals span more than {100 * WIDE:.0f} points."
+                f"Too little to say much of {metric.name} where the {tag} is {', '.join(little)}:"
+                f" fewer than {FEWEST} samples, or an interval over {100 * WIDE:.0f} points wide."
             )
     return notes
