@@ -151,7 +151,7 @@ def dots(points: Mapping[str, Interval]) -> Figure:
         "hoverinfo": "text",
     }
     layout = plain_layout(height=70 + 26 * len(found))
-    layout["xaxis"] |= {"tickformat": ".0%", "showgrid": True, "nticks": 5, "tickangle": 0}
+    layout["xaxis"] |= {"tickformat": "~%", "showgrid": True, "nticks": 5, "tickangle": 0}
     layout["yaxis"] |= {"autorange": "reversed", "type": "category"}
     return {"data": [data], "layout": layout}
 

@@ -124,7 +124,7 @@ def page(results: Results) -> Page:
             if (figure := one[name]) is not None:
                 series.setdefault(line.name, []).append((ratio, figure))
         plot = figures.shares(series, "clean : risky", log=True)
-        plot["layout"]["yaxis"]["autorange"] = True  # the differences are small
+        plot["layout"]["yaxis"] |= {"autorange": True, "tickformat": "~%"}  # differences are small
         plots.append((name, plot))
     notes = [sentence for line in lines for sentence in _notes(line, results)]
     return Page(
