@@ -27,8 +27,12 @@ RISKY = "risky"
 LIKELIEST = "hand-set: most probable"
 REPLIES = "hand-set: the run's replies"
 SAME_SPEND = "same spend"
-POINTS = 60
+POINTS = 150
 """Thresholds on a drawn curve, from each side."""
+
+DOT = {"size": 10}
+RING = {"size": 15, "symbol": "diamond-open", "line": {"width": 2.5}}
+"""Marks of calibrated and of hand-set ways, which may lie upon each other."""
 
 Bools = np.ndarray[Any, np.dtype[np.bool_]]
 
@@ -211,7 +215,7 @@ def operating(
                 "name": name,
                 "x": [refused.value for _, refused, _ in line],
                 "y": [missed.value for _, _, missed in line],
-                "line": {"color": COLOURS[name], "width": 2, "shape": "hv"},
+                "line": {"color": COLOURS[name], "width": 2},
                 "hovertext": [
                     f"{name}, threshold {limit:.4g}<br>{_hover(refused, missed)}"
                     for limit, refused, missed in line
@@ -229,7 +233,7 @@ def operating(
                 "name": way.name,
                 "x": [refused.value],
                 "y": [missed.value],
-                "marker": {"color": colour, "size": 11},
+                "marker": {"color": colour} | (DOT if way.threshold is not None else RING),
                 "hovertext": [f"{way.name}<br>{_hover(refused, missed)}"],
                 "hoverinfo": "text",
             }
