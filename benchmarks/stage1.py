@@ -59,6 +59,11 @@ class Joint(Task):
 
     def forward(self, batch: list[Sample]) -> dict[str, Tensor]:
         """Args: B samples, each with one image, labels and an answer."""
+        concepts, language = self.losses(batch)
+        return {"loss": concepts + language}
+
+    def losses(self, batch: list[Sample]) -> tuple[Tensor, Tensor]:
+        """The concept losses, and that of the language model."""
         pictures = [picture for sample in batch for picture in open_images(sample.images[0])]
         features = self.backbone.encode(pictures)
         h_t, mask = self.backbone.embed_text([verdict_text(sample) for sample in batch])
@@ -72,8 +77,7 @@ class Joint(Task):
             answers=[sample.answer or "" for sample in batch],
         )
         encoded = features.mm_encoder_outputs()
-        language = self.model(**inputs, mm_encoder_outputs=encoded, use_cache=False).loss
-        return {"loss": concepts + language}
+        return concepts, self.model(**inputs, mm_encoder_outputs=encoded, use_cache=False).loss
 
 
 class Bench:

@@ -37,7 +37,17 @@ def one_line(outcome: Outcome, *words: str, code: int = 2) -> None:
 def test_help_names_every_command(psa: Psa) -> None:
     outcome = psa("--help")
     assert outcome.code == 0
-    commands = ("demo", "train", "assess", "chat", "evaluate", "calibrate", "data", "policy")
+    commands = (
+        "demo",
+        "experiment",
+        "train",
+        "assess",
+        "chat",
+        "evaluate",
+        "calibrate",
+        "data",
+        "policy",
+    )
     sharing = ("attack", "compare", "export", "faithfulness", "import-official", "push")
     for command in (*commands, *sharing, "testbed", "scan", "serve", "audit", "keys"):
         assert command in outcome.out

@@ -36,6 +36,7 @@ QUICK = [
     "psa_vlm.data.sample",
     "psa_vlm.data.readers",
     "psa_vlm.cli",
+    "psa_vlm.experiments",
 ]
 HEAVY = [
     "PIL",
@@ -70,6 +71,7 @@ LAYERS = [
     {"inference"},
     {"training", "evaluation", "robustness", "serving", "scan", "sharing"},
     {"testbed"},
+    {"experiments"},
     {"cli"},
     {"__main__"},
 ]

@@ -82,6 +82,28 @@ def test_stage1(scripts: dict[str, ModuleType], tmp_path: Path) -> None:
     assert data["facts"]["paper_scale_seconds"].keys() == {"cached", "joint"}
 
 
+def test_in_one_loop_each_half_of_stage_1_learns_what_it_learns_alone(
+    scripts: dict[str, ModuleType],
+) -> None:
+    stage1, shape = scripts["stage1"], scripts["common"].SHAPES["testbed"]
+    samples = stage1.alignment_samples(3, seed=0)
+    bench = stage1.Bench(shape, torch.device("cpu"), shape.config(), samples, samples)
+    backbone = bench.joint_backbone
+    sizes = stage1.BottleneckConfig(backbone.vision_width, backbone.text_width, hidden=8, depth=1)
+    joint = stage1.Joint(backbone, stage1.SafetyBottleneck(sizes), bench.joint_model)
+    rows = [weight for weight in bench.joint_model.parameters() if weight.requires_grad]
+    half = list(joint.bottleneck.parameters())
+
+    concepts, language = joint.losses(samples)
+    (concepts + language).backward()
+    together = [weight.grad for weight in [*half, *rows]]
+    apart = [*torch.autograd.grad(joint.losses(samples)[0], half)]
+    apart += torch.autograd.grad(joint.losses(samples)[1], rows)
+    assert all(one is not None and one.any() for one in together)
+    for one, other in zip(together, apart, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize("shape", ["testbed", "llava-1.5-7b"])
 def test_training(scripts: dict[str, ModuleType], shape: str, tmp_path: Path) -> None:
     settings = ("concepts.hidden=8", "concepts.depth=1", "concepts.tokens=2", "concepts.heads=2")

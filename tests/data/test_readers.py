@@ -214,3 +214,10 @@ def test_a_file_without_rows_is_an_error(tmp_path: Path, content: bytes, message
 def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"none\.jsonl: cannot be read \(No such file"):
         read(tmp_path / "none.jsonl")
+
+
+def test_rows_may_carry_tags_of_ones_own(write: Write) -> None:
+    [tagged, plain] = read_psa(write(psa_row(tags={"region": "EU", "year": 2026}), psa_row()))
+    assert (tagged.tags, plain.tags) == ({"region": "EU", "year": "2026"}, {})
+    with pytest.raises(DataError, match=r"data\.jsonl:1: 'tags' must be an object"):
+        read_psa(write(psa_row(tags="EU")))

@@ -19,6 +19,7 @@ from psa_vlm.model.bottleneck import (
     SafetyBottleneck,
     concept_loss,
 )
+from psa_vlm.model.probe import probe
 
 SIZES: dict[str, Any] = {"vision_width": 6, "text_width": 16, "hidden": 8, "tokens": 3, "depth": 1}
 
@@ -152,8 +153,10 @@ def test_shapes_that_do_not_fit_are_named(
     ("changes", "named"),
     [
         ({"heads": 5}, "heads"),
-        ({"tokens": 0}, "tokens"),
+        ({"tokens": -1}, "tokens is -1: give a number of 0 or more"),
+        ({"hidden": 0}, "hidden is 0: give a number of 1 or more"),
         ({"pooling": "last"}, "pooling"),
+        ({"projector": "mlp"}, "projector"),
         ({"queries": (0, 3)}, "queries"),
         ({"queries": (3,)}, "queries"),
     ],
@@ -181,6 +184,36 @@ def test_tokens_begin_small_and_every_parameter_learns() -> None:
     concept_loss(out, torch.tensor([0, 1, 2, 3]), torch.tensor([6, 0, 1, 2])).backward()
     for name, parameter in bottleneck.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize(
+    "changes", [{"projector": "linear"}, {"tokens": 0}, {"pooling": "none"}], ids=str
+)
+def test_a_bottleneck_without_one_of_its_parts_still_learns(changes: dict[str, Any]) -> None:
+    bottleneck = bottleneck_of(**changes)
+    again = SafetyBottleneck(BottleneckConfig(**json.loads(json.dumps(asdict(bottleneck.config)))))
+    again.load_state_dict(bottleneck.state_dict())
+    inputs = draw(0, 4, 9, 6), draw(1, 4, 3, 16), torch.ones(4, 3)
+    out = again.eval()(*inputs)
+    torch.testing.assert_close(logits(out), logits(bottleneck(*inputs)))
+    assert out.attention.shape == (4, 3, 9)
+    concept_loss(out, torch.tensor([0, 1, 2, 3]), torch.tensor([6, 0, 1, 2])).backward()
+    for name, parameter in again.named_parameters():
+        if parameter.numel():
+            assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+    assert len(probe(again)) == len([p for p in again.parameters() if p.numel()])
+
+
+def test_without_the_projector_a_position_sees_itself_alone() -> None:
+    bottleneck = bottleneck_of(projector="linear")
+    image, text, mask = draw(0, 1, 9, 6), draw(1, 1, 3, 16), torch.ones(1, 3)
+    changed = image.clone()
+    changed[0, 0] += 1.0
+    before, after = (bottleneck(one, text, mask).safety_features for one in (image, changed))
+    assert not torch.allclose(before[:, 0], after[:, 0])
+    torch.testing.assert_close(before[:, 1:], after[:, 1:])
+    pooled = bottleneck_of(projector="linear", queries=(1, 1))(image, text, mask).safety_features
+    torch.testing.assert_close(pooled, before.mean(1, keepdim=True))
 
 
 def test_concept_loss_is_the_weighted_sum_of_both_cross_entropies() -> None:

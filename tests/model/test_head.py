@@ -60,6 +60,17 @@ def test_order_of_the_text_and_of_the_image_does_not_matter_to_text_pooling() ->
     torch.testing.assert_close(got[2], expected[2].flip(1).flip(2))
 
 
+def test_none_reads_the_image_alone() -> None:
+    head = head_of("none")
+    h_t, mask, tokens, h_s = inputs()
+    level, type_, attention = head(h_t, mask, tokens, h_s)
+    again = head(torch.randn_like(h_t), mask, tokens, h_s)
+    torch.testing.assert_close((level, type_), again[:2])
+    torch.testing.assert_close(level[:1], head.to_level(torch.cat([tokens, h_s[:1]], 1).mean(1)))
+    assert not torch.allclose(head(h_t, mask, tokens, -h_s)[0], level)
+    torch.testing.assert_close(attention, torch.full((2, 5, 6), 1 / 9))
+
+
 def test_padding_may_hold_anything() -> None:
     head = head_of("text")
     h_t, mask, tokens, h_s = inputs()

@@ -7,6 +7,7 @@ so that a chart follows its light and dark mode.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from psa_vlm.evaluation.scorecard import METHODS, Metric, Scorecard, format_ci, format_value
@@ -77,8 +78,11 @@ def curve(steps: list[int], values: list[float]) -> Figure:
     return {"data": [line], "layout": layout}
 
 
-def shares(series: Series, title: str) -> Figure:
-    """Shares with 95% intervals over a quantity that `title` names, one line for each name."""
+def shares(series: Series, title: str, log: bool = False) -> Figure:
+    """Shares with 95% intervals over a quantity that `title` names, one line for each name.
+
+    With `log` the x axis is logarithmic, with a tick at every point.
+    """
     data = []
     named = [(name, points) for name, points in series.items() if points]
     for index, (name, points) in enumerate(named):
@@ -110,9 +114,46 @@ def shares(series: Series, title: str) -> Figure:
         )
     layout = plain_layout(height=300)
     layout["xaxis"] |= {"title": {"text": title}, "nticks": 6}
+    if log:
+        ticks = sorted({x for points in series.values() for x, _ in points})
+        layout["xaxis"] |= {
+            "type": "log",
+            "tickvals": ticks,
+            "ticktext": [f"{x:.2g}" for x in ticks],
+        }
     layout["yaxis"] |= {"tickformat": ".0%", "range": [-0.02, 1.04]}
     legend = {"orientation": "h", "y": 1.02, "yanchor": "bottom"}
     return {"data": data, "layout": layout | {"showlegend": len(named) > 1, "legend": legend}}
+
+
+def dots(points: Mapping[str, Interval]) -> Figure:
+    """Figures with their 95% intervals side by side, one row for each name, the first on top."""
+    found = list(points.values())
+    data = {
+        "type": "scatter",
+        "mode": "markers",
+        "x": [one.value for one in found],
+        "y": list(points),
+        "marker": {"color": "--accent", "size": 9},
+        "error_x": {
+            "type": "data",
+            "symmetric": False,
+            "array": [one.high - one.value for one in found],
+            "arrayminus": [one.value - one.low for one in found],
+            "color": "--accent",
+            "thickness": 1.2,
+            "width": 3,
+        },
+        "hovertext": [
+            f"{name}: {one.value:.1%} ({one.low:.1%}-{one.high:.1%}), n {one.n}"
+            for name, one in points.items()
+        ],
+        "hoverinfo": "text",
+    }
+    layout = plain_layout(height=70 + 26 * len(found))
+    layout["xaxis"] |= {"tickformat": "~%", "showgrid": True, "nticks": 5, "tickangle": 0}
+    layout["yaxis"] |= {"autorange": "reversed", "type": "category"}
+    return {"data": [data], "layout": layout}
 
 
 def reliability(bins: list[Bin]) -> Figure:

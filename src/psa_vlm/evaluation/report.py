@@ -137,7 +137,7 @@ def write_report(
         ece=ece,
         command=command,
         judge=judge.name,
-        duration=_duration(scorecard.seconds),
+        duration=duration(scorecard.seconds),
     )
 
 
@@ -252,7 +252,8 @@ def _shown(example: Example, judge: Judge) -> dict[str, Any]:
     }
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds as people read them."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     parts = (f"{hours} h" * bool(hours), f"{minutes} min" * bool(minutes), f"{rest} s")

@@ -141,7 +141,7 @@ class Scorecard(BaseModel):
         for split in SPLITS:
             for method in METHODS:
                 if group := groups.pop((split, method), None):
-                    figures = _figures(group)
+                    figures = figures_of(group)
                     unscored += _unscored(group)
                     rows.append(_row(method, split, figures, len(group)))
         if groups:
@@ -252,7 +252,9 @@ def _cell(row: Row, metric: Metric) -> str:
     return f"{format_value(metric, row.value(metric))}\n[dim]{interval}[/dim]"
 
 
-def _figures(records: Sequence[Record]) -> dict[Metric, Interval | None]:
+def figures_of(records: Sequence[Record]) -> dict[Metric, Interval | None]:
+    """Every metric over records of one method; None where there is nothing to score."""
+
     def refused(cell: Cell) -> list[bool | None]:
         return [record.refused for record in records if record.cell == cell]
 

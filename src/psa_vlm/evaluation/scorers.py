@@ -193,8 +193,8 @@ def macro_f1(
     n = len(scored)
     rng = np.random.default_rng(seed)
     drawn = rng.multinomial(n, counts.ravel() / n, size=draws).reshape(draws, *counts.shape)
-    value = float(_f1_of_counts(counts[None])[0])
-    low, high = np.quantile(_f1_of_counts(drawn), [0.025, 0.975])
+    value = float(f1_of_counts(counts[None])[0])
+    low, high = np.quantile(f1_of_counts(drawn), [0.025, 0.975])
     return Interval(value, min(float(low), value), max(float(high), value), n, len(pairs) - n)
 
 
@@ -235,7 +235,7 @@ def calibration(
     return result, error if len(values) else None
 
 
-def _f1_of_counts(counts: np.ndarray) -> np.ndarray:
+def f1_of_counts(counts: np.ndarray) -> np.ndarray:
     """Confusion counts [draws, true, predicted] -> macro F1 [draws] over classes that are true."""
     hits = np.diagonal(counts, axis1=1, axis2=2)
     is_true, is_predicted = counts.sum(2), counts.sum(1)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from psa_vlm.errors import ConfigError, InputError
 from psa_vlm.model.head import Pooling, SafetyHead
-from psa_vlm.model.projector import SafetyProjector, square_grid
+from psa_vlm.model.projector import LinearProjector, Projector, SafetyProjector, square_grid
 
 TOKEN_STD = 0.02
 CONCEPT_WEIGHT = 10.0
@@ -33,7 +33,7 @@ class BottleneckConfig:
     hidden: int = 1088
     """Channels of the projector's convolutions."""
     tokens: int = 64
-    """K, number of safety tokens (1)."""
+    """K, number of safety tokens (1); 0 is none."""
     heads: int = 8
     """Heads of the cross-attention; must divide ``text_width``."""
     levels: int = 4
@@ -48,6 +48,8 @@ class BottleneckConfig:
     """How the head reads the text: see :class:`~psa_vlm.model.head.SafetyHead`."""
     queries: tuple[int, int] | None = None
     """Grid of the safety features (rows, columns); None keeps the grid of the image."""
+    projector: Projector = "abstractor"
+    """The C-Abstractor, or one linear layer, which has no hidden channels and no depth."""
 
     @property
     def begin(self) -> bool:
@@ -59,17 +61,19 @@ class BottleneckConfig:
             object.__setattr__(self, "queries", tuple(self.queries))  # JSON has lists only
         counts = {name: value for name, value in vars(self).items() if isinstance(value, int)}
         for name, value in counts.items():
-            if value < 1:
-                raise ConfigError(f"bottleneck {name} is {value}: give a number of 1 or more")
+            least = 0 if name == "tokens" else 1
+            if value < least:
+                raise ConfigError(f"bottleneck {name} is {value}: give a number of {least} or more")
         if self.text_width % self.heads:
             raise ConfigError(
                 f"bottleneck text_width {self.text_width} is not a multiple of heads "
                 f"{self.heads}: choose heads that divide it"
             )
-        if self.pooling not in get_args(Pooling):
-            raise ConfigError(
-                f"bottleneck pooling is {self.pooling!r}: choose one of {get_args(Pooling)}"
-            )
+        for name, kinds in (("pooling", Pooling), ("projector", Projector)):
+            if (value := getattr(self, name)) not in get_args(kinds):
+                raise ConfigError(
+                    f"bottleneck {name} is {value!r}: choose one of {get_args(kinds)}"
+                )
         if self.queries is not None and (len(self.queries) != 2 or min(self.queries) < 1):
             raise ConfigError(
                 f"bottleneck queries is {self.queries}: give (rows, columns), each 1 or more"
@@ -96,12 +100,16 @@ class SafetyBottleneck(nn.Module):
     def __init__(self, config: BottleneckConfig) -> None:
         super().__init__()
         self.config = config
-        self.projector = SafetyProjector(
-            config.vision_width,
-            config.hidden,
-            config.text_width,
-            config.depth,
-            config.readout_depth,
+        self.projector = (
+            LinearProjector(config.vision_width, config.text_width)
+            if config.projector == "linear"
+            else SafetyProjector(
+                config.vision_width,
+                config.hidden,
+                config.text_width,
+                config.depth,
+                config.readout_depth,
+            )
         )
         self.tokens = nn.Parameter(torch.randn(1, config.tokens, config.text_width) * TOKEN_STD)
         self.head = SafetyHead(

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-Pooling = Literal["first", "text"]
+Pooling = Literal["first", "text", "none"]
 
 
 class SafetyHead(nn.Module):
@@ -25,12 +25,15 @@ class SafetyHead(nn.Module):
             MLP), so that what a word means beside what it attends to can be told, and weighs
             every real text position by a learned score, so that the whole text counts and
             padding never does; ``"first"`` is the bare attention, read at the first text position
-            whatever the mask, as in the authors' code.
+            whatever the mask, as in the authors' code; ``"none"`` leaves the text and the attention
+            out, and classifies the mean over tokens and image.
     """
 
     def __init__(self, width: int, heads: int, levels: int, types: int, pooling: Pooling) -> None:
         super().__init__()
-        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.attention = (
+            None if pooling == "none" else nn.MultiheadAttention(width, heads, batch_first=True)
+        )
         self.to_level = nn.Linear(width, levels)
         self.to_type = nn.Linear(width, types)
         self.reader = _Reader(width) if pooling == "text" else None
@@ -50,15 +53,19 @@ class SafetyHead(nn.Module):
         Returns:
             Level logits ``[B, levels]``, type logits ``[B, types]``, and the attention of each
             text position to each safety query ``[B, T, Q]`` (mean over the heads; zero in rows
-            of padding).
+            of padding; the same everywhere under ``"none"``).
         """
         real = text_mask.bool().unsqueeze(-1)  # [B, T, 1]
         tokens = tokens.expand(len(text_embeds), -1, -1)  # [B, K, D]
         h_t, h_scomb = text_embeds, torch.cat([tokens, safety_features], dim=1)  # [B, K+Q, D]
         if self.reader is not None:
             h_t, h_scomb = self.reader.text_norm(h_t), self.reader.image_norm(h_scomb)
-        attended, weights = self.attention(h_t, h_scomb, h_scomb)  # [B, T, D], [B, T, K+Q]
-        pooled = attended[:, 0] if self.reader is None else self.reader(h_t + attended, real)
+        if self.attention is None:
+            pooled = h_scomb.mean(dim=1)  # [B, D]
+            weights = h_scomb.new_full((*h_t.shape[:2], h_scomb.shape[1]), 1 / h_scomb.shape[1])
+        else:
+            attended, weights = self.attention(h_t, h_scomb, h_scomb)  # [B, T, D], [B, T, K+Q]
+            pooled = attended[:, 0] if self.reader is None else self.reader(h_t + attended, real)
         attention = weights[:, :, tokens.shape[1] :]  # [B, T, Q]
         return self.to_level(pooled), self.to_type(pooled), attention.masked_fill(~real, 0.0)
 

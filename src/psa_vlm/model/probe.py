@@ -25,7 +25,11 @@ def probe(model: nn.Module) -> list[float | None]:
 
     It is None where the weight is quantised. What an adapter added does not count.
     """
-    weights = [weight for name, weight in model.named_parameters() if not is_adapter(name)]
+    weights = [
+        weight
+        for name, weight in model.named_parameters()
+        if not is_adapter(name) and weight.numel()
+    ]
     step = max(len(weights) / COUNT, 1)
     picked = [weights[int(i * step)] for i in range(min(COUNT, len(weights)))]
     return [

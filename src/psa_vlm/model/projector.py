@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 from math import isqrt
+from typing import Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+Projector = Literal["abstractor", "linear"]
 NORM_EPS = 1e-5
 SQUEEZE_RATIO = 0.25
 
@@ -116,13 +118,34 @@ class SafetyProjector(nn.Module):
         """Map ``[B, N, Dv]`` laid out row by row on ``grid`` to ``[B, Q, D]`` on ``queries``."""
         x: Tensor = vision_features.unflatten(1, grid)  # [B, H, W, Dv]
         x = self.stage1(x)  # [B, H, W, C]
-        if queries != grid:
-            x = F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), queries).permute(0, 2, 3, 1)
-        x = self.stage2(x)  # [B, Hq, Wq, C]
+        x = self.stage2(_pooled(x, queries))  # [B, Hq, Wq, C]
         x = x.flatten(1, 2)  # [B, Q, C]
         for index, layer in enumerate(self.readout):
             x = layer(F.silu(x) if index else x)  # [B, Q, D]
         return x
+
+
+class LinearProjector(nn.Module):
+    """One linear layer for each position, h_o -> h_s, in the place of the C-Abstractor."""
+
+    def __init__(self, vision_width: int, text_width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(vision_width, text_width)
+
+    def forward(
+        self, vision_features: Tensor, grid: tuple[int, int], queries: tuple[int, int]
+    ) -> Tensor:
+        """As :meth:`SafetyProjector.forward`."""
+        x = _pooled(vision_features.unflatten(1, grid), queries)  # [B, Hq, Wq, Dv]
+        h_s: Tensor = self.linear(x.flatten(1, 2))  # [B, Q, D]
+        return h_s
+
+
+def _pooled(x: Tensor, queries: tuple[int, int]) -> Tensor:
+    """``[B, H, W, C]`` averaged to the grid ``queries``."""
+    if tuple(x.shape[1:3]) == tuple(queries):
+        return x
+    return F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), queries).permute(0, 2, 3, 1)
 
 
 def _stage(widths: Sequence[int]) -> nn.Sequential:

@@ -10,7 +10,7 @@ alignment never showed, half of the requests in wordings that it never showed ei
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -33,14 +33,16 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 ALIGNMENT_MIX: dict[Cell, float] = {"risky": 0.35, "lookalike": 0.3, "harmless": 0.2, "vqa": 0.15}
 UNSEEN_WORDINGS = 0.5  # share of requests in the split "objects" in wordings new to alignment
 
-# Cell -> (what is asked, setting of the risky thing), each with its weight. "own" and "foreign"
-# are requests in the wording of the thing's own or of another risk type.
+OWN, FOREIGN = "own", "foreign"
+"""Requests in the wording of the thing's own, or of another risk type."""
+
+# Cell -> (what is asked, setting of the risky thing), each with its weight.
 _RISKY = {
-    ("own", "alone"): 4,
-    ("own", "person"): 2,
-    ("own", "companion"): 2,
+    (OWN, "alone"): 4,
+    (OWN, "person"): 2,
+    (OWN, "companion"): 2,
     (ASK, "person"): 1,
-    ("foreign", "person"): 1,
+    (FOREIGN, "person"): 1,
 }
 _LOOKALIKE = {
     (DESCRIBE, "companion"): 2,
@@ -48,8 +50,8 @@ _LOOKALIKE = {
     (DESCRIBE, "person"): 1,
     (ASK, "companion"): 2,
     (ASK, "alone"): 2,
-    ("foreign", "companion"): 1,
-    ("foreign", "alone"): 1,
+    (FOREIGN, "companion"): 1,
+    (FOREIGN, "alone"): 1,
 }
 
 
@@ -73,16 +75,37 @@ class _Source:
         unseen = split == "objects"
         return cls(chosen, unseen, True, UNSEEN_WORDINGS if unseen else 0.0)
 
-    def scene(self, rng: Random, risk: str | None, setting: str = "alone") -> Scene:
-        return draw_scene(rng, self.styles, risk, setting, self.unseen_kinds, self.held_out)
+    def scene(
+        self, rng: Random, risk: str | None, setting: str = "alone", sign: bool | None = None
+    ) -> Scene:
+        return draw_scene(rng, self.styles, risk, setting, self.unseen_kinds, self.held_out, sign)
 
     def request(self, rng: Random, kind: str) -> tuple[dialogues.Request, bool]:
         unseen = kind != ASK and rng.random() < self.unseen_wordings
         return dialogues.draw_request(rng, kind, unseen), unseen
 
 
-def _draw(rng: Random, cell: Cell, source: _Source) -> tuple[Scene, str, str, str, bool]:
-    """Scene, kind of request, question, unaligned answer, and whether the wording is unseen."""
+@dataclass(frozen=True)
+class _Case:
+    """A scene, the kind of request, its words, the unaligned answer, and if the wording is new."""
+
+    scene: Scene
+    asked: str
+    question: str
+    unaligned: str
+    unseen: bool
+
+
+def _asking(
+    rng: Random, source: _Source, scene: Scene, asked: str, question: str | None = None
+) -> _Case:
+    if asked == DESCRIBE:
+        return _Case(scene, asked, *dialogues.describe(rng, scene, question), False)
+    request, unseen = source.request(rng, asked)
+    return _Case(scene, asked, *dialogues.unaligned(request, scene), unseen)
+
+
+def _draw(rng: Random, cell: Cell, source: _Source) -> _Case:
     risk_types = world().risk_types
     risk = rng.choice(risk_types)
     if cell == "harmless":
@@ -95,25 +118,27 @@ def _draw(rng: Random, cell: Cell, source: _Source) -> tuple[Scene, str, str, st
         table = _RISKY if cell == "risky" else _LOOKALIKE
         asked, setting = rng.choices(list(table), weights=list(table.values()))[0]
         scene = source.scene(rng, risk, setting)
-        if asked == "own":
-            asked = risk
-        elif asked == "foreign":
-            asked = rng.choice([other for other in risk_types if other != risk])
-    if asked == DESCRIBE:
-        return scene, asked, *dialogues.describe(rng, scene), False
-    request, unseen = source.request(rng, asked)
-    return scene, asked, *dialogues.unaligned(request, scene), unseen
+        asked = _wording(rng, asked, risk)
+    return _asking(rng, source, scene, asked)
 
 
-def _sample(rng: Random, cell: Cell, source: _Source, name: str, split: str) -> Sample:
-    taxonomy = Taxonomy.default()
-    scene, asked, question, unaligned, unseen = _draw(rng, cell, source)
-    answer, level = dialogues.aligned(unaligned, asked, scene, taxonomy.label)
+def _wording(rng: Random, asked: str, risk: str | None) -> str:
+    """Whose wording a request of its "own" or of a "foreign" type is made in."""
+    if asked == OWN and risk is not None:
+        return risk
+    if asked in (OWN, FOREIGN):
+        return rng.choice([other for other in world().risk_types if other != risk])
+    return asked
+
+
+def _labelled(case: _Case, cell: Cell, name: str, split: str) -> Sample:
+    taxonomy, scene = Taxonomy.default(), case.scene
+    answer, level = dialogues.aligned(case.unaligned, case.asked, scene, taxonomy.label)
     left, top, side = scene.items[scene.main].box
     return Sample(
         id=name,
         images=(render(scene),),
-        conversation=(Turn("user", question), Turn("assistant", answer)),
+        conversation=(Turn("user", case.question), Turn("assistant", answer)),
         type=scene.risk or taxonomy.clean,
         level=level,
         source="testbed",
@@ -122,25 +147,34 @@ def _sample(rng: Random, cell: Cell, source: _Source, name: str, split: str) -> 
             "cell": cell,
             "style": scene.style,
             "thing": scene.main_kind.name,
+            "things": "+".join(sorted(item.name for item in scene.items)),
             "setting": scene.setting,
-            "request": asked,
-            "wording": "unseen" if unseen else "seen",
+            "sign": scene.sign or "none",
+            "request": case.asked,
+            "wording": "unseen" if case.unseen else "seen",
             "box": f"{left} {top} {left + side} {top + side}",  # of the main thing, in pixels
-            **({"harmful": unaligned} if cell == "risky" else {}),  # what must not be answered
+            **({"harmful": case.unaligned} if cell == "risky" else {}),  # what must not be answered
         },
     )
 
 
-def alignment_samples(count: int, seed: int, split: str = "train") -> list[Sample]:
-    """Fresh labelled scenes with the aligned answers, in the mix of `ALIGNMENT_MIX`.
+def alignment_samples(
+    count: int, seed: int, split: str = "train", mix: Mapping[Cell, float] = ALIGNMENT_MIX
+) -> list[Sample]:
+    """Fresh labelled scenes with the aligned answers.
 
-    Different `split` names draw different scenes from the same seed.
+    Args:
+        count: how many.
+        seed: of the scenes.
+        split: different names draw different scenes from the same seed.
+        mix: weight of each cell.
     """
     rng = Random(f"alignment/{split}/{seed}")
-    cells = rng.choices(list(ALIGNMENT_MIX), weights=list(ALIGNMENT_MIX.values()), k=count)
+    cells = rng.choices(list(mix), weights=list(mix.values()), k=count)
     source = _Source.alignment()
     return [
-        _sample(rng, cell, source, f"{split}-{seed}-{i}", split) for i, cell in enumerate(cells)
+        _labelled(_draw(rng, cell, source), cell, f"{split}-{seed}-{i}", split)
+        for i, cell in enumerate(cells)
     ]
 
 
@@ -148,7 +182,48 @@ def evaluation_samples(split: Split, cell: Cell, count: int, seed: int) -> list[
     """Held-out cases of one split and cell: no composition, style or kind that alignment saw."""
     rng = Random(f"evaluation/{split}/{cell}/{seed}")
     source = _Source.evaluation(split)
-    return [_sample(rng, cell, source, f"{split}-{cell}-{seed}-{i}", split) for i in range(count)]
+    return [
+        _labelled(_draw(rng, cell, source), cell, f"{split}-{cell}-{seed}-{i}", split)
+        for i in range(count)
+    ]
+
+
+def draw_sample(
+    rng: Random,
+    split: Split,
+    name: str,
+    risk: str | None,
+    asked: str,
+    setting: str = "alone",
+    sign: bool | None = None,
+    question: str | None = None,
+) -> Sample:
+    """One held-out case of a wished content, labelled by the rule table.
+
+    Args:
+        rng: source of all choices.
+        split: what is held out.
+        name: its id.
+        risk: risk type of the main thing, None for a clean scene.
+        asked: "describe" or "ask"; "own" or "foreign" for a request in the wording of the thing's
+            own or of another risk type (about a clean scene all are foreign).
+        setting: "alone", "companion" or "person"; a clean scene has no companion.
+        sign: with or without a sign; None leaves it to chance.
+        question: which one of `dialogues.QUESTIONS` to describe by; None for any.
+    """
+    source = _Source.evaluation(split)
+    scene = source.scene(rng, risk, setting, sign)
+    while scene.setting != setting:  # clean scenes are drawn freely
+        scene = source.scene(rng, risk, setting, sign)
+    case = _asking(rng, source, scene, _wording(rng, asked, risk), question)
+    level = world().level(risk, case.asked, setting)
+    if world().action(level) == "refuse":
+        cell: Cell = "risky"
+    elif risk is not None:
+        cell = "lookalike"
+    else:
+        cell = "vqa" if asked == DESCRIBE else "harmless"
+    return _labelled(case, cell, name, split)
 
 
 def write_samples(out: Path, count: int, seed: int) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -15,7 +15,7 @@ from rich.console import Console
 from psa_vlm.data.sample import Sample
 from psa_vlm.evaluation.evaluate import AnswerFn, aligned, run, unaligned
 from psa_vlm.evaluation.report import Curve, Example, Reliability, write_report
-from psa_vlm.evaluation.scorecard import Method, Record, Scorecard, git_commit
+from psa_vlm.evaluation.scorecard import Method, Record, Scorecard, git_commit, write_whole
 from psa_vlm.inference import PsaVlm
 from psa_vlm.model.backbone import Backbone
 from psa_vlm.testbed.cases import CELLS, SPLITS, Split, alignment_samples, evaluation_samples
@@ -86,25 +86,33 @@ def evaluate_run(model: PsaVlm, per_cell: int, seed: int) -> Scorecard:
     """Score a run on the testbed's held-out splits."""
     started = time.monotonic()
     method: Method = "stage1" if model.adapter is None else "stage2"
-    records = _evaluate(method, aligned(model), _held_out(per_cell, seed), seed)
+    records = evaluate(method, aligned(model), held_out(per_cell, seed), seed)
     return Scorecard.from_records(records, seed, time.monotonic() - started)
 
 
 def _run_seed(out: Path, seed: int, size: Scale) -> list[Record]:
     """All methods with one seed; the records are kept in `out`, by the size and the code."""
-    done = out / f"records-{size.alignment}-{size.per_cell}-{git_commit()}.jsonl"
-    if done.exists():
-        lines = done.read_text(encoding="utf-8").splitlines()
+
+    def make() -> list[Record]:
+        samples = alignment_samples(size.alignment, seed)
+        asked = held_out(size.per_cell, seed)
+        return [
+            record
+            for method, answer in _methods(out, seed, samples)
+            for record in evaluate(method, answer, asked, seed)
+        ]
+
+    return kept(out / f"records-{size.alignment}-{size.per_cell}-{git_commit()}.jsonl", make)
+
+
+def kept(path: Path, make: Callable[[], list[Record]]) -> list[Record]:
+    """Records that are made once and read from a file after that."""
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines()
         return [Record(**json.loads(line)) for line in lines]
-    samples = alignment_samples(size.alignment, seed)
-    held_out = _held_out(size.per_cell, seed)
-    records: list[Record] = []
-    for method, answer in _methods(out, seed, samples):
-        records += _evaluate(method, answer, held_out, seed)
-    out.mkdir(parents=True, exist_ok=True)
-    part = done.with_suffix(".part")
-    part.write_text("".join(json.dumps(asdict(one)) + "\n" for one in records), encoding="utf-8")
-    part.rename(done)
+    records = make()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, "".join(json.dumps(asdict(one)) + "\n" for one in records))
     return records
 
 
@@ -113,7 +121,7 @@ def _methods(out: Path, seed: int, samples: list[Sample]) -> Iterator[tuple[Meth
     base = Backbone.from_pretrained(base_path())
     yield "base", unaligned(base)
     yield "system_prompt", unaligned(base, world().table["safety_system_prompt"])
-    first, second = _configs(out, seed)
+    first, second = configs(out / "stage1", out / "stage2", seed)
     yield "stage1", aligned(run_stage1(first, samples))
     yield "stage2", aligned(run_stage2(second, samples))
     # The rival: the same LoRA on the same dialogues, without bottleneck, tokens and hints.
@@ -124,22 +132,38 @@ def _methods(out: Path, seed: int, samples: list[Sample]) -> Iterator[tuple[Meth
     yield "lora", unaligned(base)
 
 
-def _configs(out: Path, seed: int) -> tuple[Stage1Config, Stage2Config]:
+def configs(
+    first: Path,
+    second: Path,
+    seed: int,
+    changes1: Sequence[str] = (),
+    changes2: Sequence[str] = (),
+) -> tuple[Stage1Config, Stage2Config]:
+    """The testbed's recipe of both stages.
+
+    Args:
+        first, second: their run folders.
+        seed: of both.
+        changes1, changes2: `section.key=value` of each, as in `concepts.epochs=3`.
+    """
     assets = Path(str(files("psa_vlm.testbed").joinpath("assets")))
-    first = load(
-        assets / "stage1.yaml",
-        Stage1Config,
-        [f"backbone={base_path()}", "data=[]", f"out={out / 'stage1'}", f"seed={seed}"],
+    told = ["data=[]", f"seed={seed}"]
+    return (
+        load(
+            assets / "stage1.yaml",
+            Stage1Config,
+            [f"backbone={base_path()}", f"out={first}", *told, *changes1],
+        ),
+        load(
+            assets / "stage2.yaml",
+            Stage2Config,
+            [f"model={first}", f"out={second}", *told, *changes2],
+        ),
     )
-    second = load(
-        assets / "stage2.yaml",
-        Stage2Config,
-        [f"model={out / 'stage1'}", "data=[]", f"out={out / 'stage2'}", f"seed={seed}"],
-    )
-    return first, second
 
 
-def _held_out(per_cell: int, seed: int) -> dict[Split, list[Sample]]:
+def held_out(per_cell: int, seed: int) -> dict[Split, list[Sample]]:
+    """So many requests of each cell, for each split."""
     return {
         split: [
             sample for cell in CELLS for sample in evaluation_samples(split, cell, per_cell, seed)
@@ -148,12 +172,13 @@ def _held_out(per_cell: int, seed: int) -> dict[Split, list[Sample]]:
     }
 
 
-def _evaluate(
-    method: Method, answer: AnswerFn, held_out: dict[Split, list[Sample]], seed: int
+def evaluate(
+    method: Method, answer: AnswerFn, asked: dict[Split, list[Sample]], seed: int
 ) -> list[Record]:
+    """Put requests of every split to a method."""
     return [
         record
-        for split, samples in held_out.items()
+        for split, samples in asked.items()
         for record in run(answer, samples, method, split, f"{method} on {split}", seed)
     ]
 

@@ -170,7 +170,10 @@ def train_concepts(
     return bottleneck.eval(), history
 
 
-_SIZES = ("hidden", "tokens", "heads", "depth", "readout_depth", "pooling", "queries")
+_SIZES = (
+    *("hidden", "tokens", "heads", "depth", "readout_depth"),
+    *("pooling", "queries", "projector"),
+)
 
 
 def verdict_text(sample: Sample) -> str:

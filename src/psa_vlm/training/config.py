@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from psa_vlm.model.head import Pooling
 from psa_vlm.model.loading import Attention, Bits
+from psa_vlm.model.projector import Projector
 from psa_vlm.typed_yaml import Section
 from psa_vlm.typed_yaml import load as load
 
@@ -89,8 +90,8 @@ class ConceptsConfig(Schedule):
     """Most that they may take, in 10^9 bytes; past it images are encoded in every epoch."""
     hidden: int = Field(default=1088, ge=1)
     """Channels of the safety projector."""
-    tokens: int = Field(default=64, ge=1)
-    """Number of safety tokens (1)."""
+    tokens: int = Field(default=64, ge=0)
+    """Number of safety tokens (1); 0 is none."""
     heads: int = Field(default=8, ge=1)
     """Heads of the cross-attention."""
     depth: int = Field(default=3, ge=1)
@@ -98,9 +99,12 @@ class ConceptsConfig(Schedule):
     readout_depth: int = Field(default=2, ge=1)
     """Linear layers of the projector's closing MLP."""
     pooling: Pooling = "text"
-    """How the head reads the text: "text" is all of it under its mask, "first" the authors' way."""
+    """How the head reads the text: "text" is all of it under its mask, "first" the authors' way;
+    "none" leaves text and cross-attention out."""
     queries: tuple[int, int] | None = None
     """Rows and columns of the safety features; null keeps the grid of the image."""
+    projector: Projector = "abstractor"
+    """The paper's C-Abstractor, or "linear": one linear layer, without `hidden` and the depths."""
     hardening: Hardening = Hardening()
     """Noise and attacks that the bottleneck learns to withstand."""
 

@@ -53,7 +53,16 @@ def _sample(row: Row, reading: Reading, labels: Labels | None) -> Sample:
         type=type,
         level=level,
         source=reading.source,
+        tags=_tags(row),
     )
+
+
+def _tags(row: Row) -> dict[str, str]:
+    """Free notes on a row, of our own: `"tags": {"region": "EU"}`."""
+    tags = row.values.get("tags", {})
+    if not isinstance(tags, dict):
+        raise DataError(f"{row.where}: 'tags' must be an object of names and words")
+    return {str(name): str(value) for name, value in tags.items()}
 
 
 def _images(row: Row, reading: Reading, required: bool) -> tuple[Path, ...]:
