@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from psa_vlm.cli.options import Base, quiet
+from psa_vlm.cli.options import Base, Scale, quiet
 from psa_vlm.errors import InputError
-
-
-class Scale(StrEnum):
-    """How much is tried."""
-
-    small = "small"
-    full = "full"
 
 
 def experiment(

@@ -16,6 +16,7 @@ from psa_vlm.cli.options import (
     MapFile,
     PolicyOption,
     Run,
+    Scale,
     TestSet,
     load_run,
     named_policy,
@@ -27,13 +28,6 @@ class SuiteName(StrEnum):
     """Sets of attacks."""
 
     standard = "standard"
-
-
-class Scale(StrEnum):
-    """How much is tried."""
-
-    small = "small"
-    full = "full"
 
 
 def calibrate(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,13 @@ if TYPE_CHECKING:
 
     from psa_vlm.inference import PsaVlm
     from psa_vlm.policy.policy import Policy
+
+
+class Scale(StrEnum):
+    """How much is done."""
+
+    small = "small"
+    full = "full"
 
 
 DEMO_RUN = Path("runs/demo/stage2")

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from psa_vlm.cli.options import Json, quiet
+from psa_vlm.cli.options import Json, Scale, quiet
 
 app = typer.Typer(help="The embedded small world and its base model.", no_args_is_help=True)
-
-
-class Scale(StrEnum):
-    """How large a demo is."""
-
-    small = "small"
-    full = "full"
 
 
 def demo(
