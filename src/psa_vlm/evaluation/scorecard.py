@@ -114,7 +114,8 @@ class Row(BaseModel):
 class Scorecard(BaseModel):
     """Every method on every split, and what is needed to get the same figures again.
 
-    `unscored` counts the outcomes left out of the figures; it is shown, not saved.
+    `unscored` counts the outcomes left out of the figures; it is shown, not saved. `seconds` are
+    those of the call that wrote it, which may have found a part of the records on disk.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

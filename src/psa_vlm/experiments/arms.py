@@ -7,7 +7,6 @@ what became of every held-out request.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from functools import lru_cache
@@ -16,11 +15,12 @@ from pathlib import Path
 from rich.console import Console
 
 from psa_vlm.data.sample import Sample
+from psa_vlm.evaluation import kept
 from psa_vlm.evaluation.evaluate import aligned
-from psa_vlm.evaluation.scorecard import Record, git_commit
+from psa_vlm.evaluation.scorecard import Record
 from psa_vlm.evaluation.scorers import bootstrap_mean
 from psa_vlm.experiments.page import Change
-from psa_vlm.testbed.demo import configs, evaluate, held_out, kept
+from psa_vlm.testbed.demo import configs, evaluate, held_out
 from psa_vlm.training.stage1 import run_stage1
 from psa_vlm.training.stage2 import run_stage2
 
@@ -60,9 +60,9 @@ def measure(out: Path, arm: Arm, scenes: Scenes, per_cell: int, seed: int) -> li
         per_cell: requests of each split and cell.
         seed: of scenes, training and requests.
     """
-    trained = (scenes.name, seed, _commit())
-    first = out / "runs" / f"stage1-{_key(arm.stage1, *trained)}"
-    second = out / "runs" / f"stage2-{_key(arm, *trained)}"
+    trained = (scenes.name, seed)
+    first = out / "runs" / f"stage1-{kept.key(arm.stage1, *trained)}"
+    second = out / "runs" / f"stage2-{kept.key(arm, *trained)}"
 
     def make() -> list[Record]:
         Console().rule(f"{scenes.name}, {_told(arm)}, seed {seed}")
@@ -74,7 +74,7 @@ def measure(out: Path, arm: Arm, scenes: Scenes, per_cell: int, seed: int) -> li
         model = run_stage2(two, samples)
         return evaluate("stage2", aligned(model), _asked(per_cell, seed), seed)
 
-    return kept(out / "records" / f"{_key(arm, per_cell, *trained)}.jsonl", make)
+    return kept.rows(out / "records" / f"{kept.key(arm, per_cell, *trained)}.jsonl", Record, make)
 
 
 def handled(record: Record) -> bool | None:
@@ -102,13 +102,8 @@ def change(
 
 
 _asked = lru_cache(maxsize=1)(held_out)
-_commit = lru_cache(git_commit)  # of the code that runs, whatever is committed meanwhile
 
 
 def _told(arm: Arm) -> str:
     changes = [*arm.stage1, *(["no stage II"] if arm.stage2 is None else arm.stage2)]
     return ", ".join(changes) or "the whole recipe"
-
-
-def _key(*settings: object) -> str:
-    return hashlib.sha256(repr(settings).encode()).hexdigest()[:16]

@@ -20,10 +20,10 @@ import numpy as np
 
 from psa_vlm.data.sample import Sample
 from psa_vlm.errors import VerdictError
+from psa_vlm.evaluation import kept
 from psa_vlm.evaluation.baselines import Ask, Method, load_method
 from psa_vlm.evaluation.evaluate import BATCH, MAX_NEW_TOKENS
 from psa_vlm.evaluation.scorers import Judge, wilson
-from psa_vlm.experiments import kept
 from psa_vlm.experiments.page import Cell, Page, Table, told
 from psa_vlm.experiments.thresholds import (
     BUDGETS,
@@ -114,9 +114,8 @@ def run(out: Path, scale: str, seed: int, trained: Path, base: Path | None = Non
         found = []
         for kind in (*KINDS, RISKY):
             count = size.risky if kind == RISKY else size.per_kind
-            path = kept.place(
-                out, f"{split}-{kind}", count, seed, kept.identity(model)
-            ).with_suffix(".jsonl")
+            key = kept.key(count, seed, kept.identity(model))
+            path = out / "kept" / f"{split}-{kind}-{key}.jsonl"
 
             def ask(split: Split = split, kind: str = kind, count: int = count) -> list[Outcome]:
                 return outcomes(model, plain, kind, draw(split, kind, count, seed))

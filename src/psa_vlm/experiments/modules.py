@@ -16,11 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from psa_vlm.data.sample import Sample
-from psa_vlm.evaluation import figures
+from psa_vlm.evaluation import figures, kept
 from psa_vlm.evaluation.risk_control import Array
 from psa_vlm.evaluation.scorecard import SPLITS
 from psa_vlm.evaluation.scorers import Interval, bootstrap_mean, wilson
-from psa_vlm.experiments import kept
 from psa_vlm.experiments.page import Cell, Change, Page, Table, told
 from psa_vlm.experiments.readings import (
     VARIANTS,
@@ -82,7 +81,8 @@ def run(out: Path, scale: str, seed: int, trained: Path, base: Path | None = Non
     words.check_same(model.taxonomy.hash, trained)
 
     def readings(name: str, draw: Callable[[], list[Sample]]) -> Readings:
-        path = kept.place(out, name, size, seed, kept.identity(model)).with_suffix(".safetensors")
+        key = kept.key(size, seed, kept.identity(model))
+        path = out / "kept" / f"{name}-{key}.safetensors"
         return Readings(**kept.arrays(path, lambda: vars(read(model, draw(), seed))))
 
     even, diverse = {}, {}

@@ -17,10 +17,9 @@ from random import Random
 from psa_vlm.data.readers import read
 from psa_vlm.data.sample import Sample
 from psa_vlm.errors import DataError, InputError
-from psa_vlm.evaluation import figures
+from psa_vlm.evaluation import figures, kept
 from psa_vlm.evaluation.evaluate import aligned
 from psa_vlm.evaluation.scorers import Judge
-from psa_vlm.experiments import kept
 from psa_vlm.experiments.gaps import FEWEST, METRICS, Asked, Gap, Outcome, gap
 from psa_vlm.experiments.page import Cell, Page, Table, told
 from psa_vlm.inference import PsaVlm
@@ -180,8 +179,9 @@ def ask(out: Path, model: PsaVlm, samples: Sequence[Sample]) -> list[Asked]:
                     found.append(Outcome(judge.is_refusal(reply), type_))
             return found
 
-        path = kept.place(out, "outcomes", fingerprint(part), kept.identity(model))
-        asked += zip(part, kept.rows(path.with_suffix(".jsonl"), Outcome, make), strict=True)
+        key = kept.key(fingerprint(part), kept.identity(model))
+        path = out / "kept" / f"outcomes-{key}.jsonl"
+        asked += zip(part, kept.rows(path, Outcome, make), strict=True)
     return asked
 
 

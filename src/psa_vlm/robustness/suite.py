@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from psa_vlm.evaluation.scorecard import git_commit, write_whole
+from psa_vlm.evaluation import kept
+from psa_vlm.evaluation.scorecard import git_commit
 from psa_vlm.inference import PsaVlm
-from psa_vlm.model.probe import probe
 from psa_vlm.progress import track
 from psa_vlm.robustness.checks import check
 from psa_vlm.robustness.outcomes import Outcome, rates
 from psa_vlm.robustness.results import Results
 from psa_vlm.robustness.smoothing import Smoothing, certify
-from psa_vlm.robustness.trials import Cases, MakeSurrogate, Plan, Suite, Trial
+from psa_vlm.robustness.trials import Cases, MakeSurrogate, Plan, Suite
 from psa_vlm.robustness.victim import picture_of
 from psa_vlm.training.features import image_key
 
@@ -49,10 +47,13 @@ def run_suite(
     started = time.monotonic()
     cases = cases.first(plan.samples)
     suite = Suite(model, cases, plan, surrogate)
-    folder = out / "trials" / _key(model, cases, plan)
+    samples = [*cases.risky, *cases.harmless]
+    asked = [(one.id, one.question, image_key(picture_of(one))) for one in samples]
+    folder = out / "trials" / kept.key(kept.identity(model), asked, asdict(plan))
     outcomes: list[Outcome] = []
     for trial in track(list(suite.trials()), "attacks"):
-        outcomes += _kept(folder, trial)
+        name = kept.key(trial.attack, trial.setting, trial.goal)
+        outcomes += kept.rows(folder / f"{name}.jsonl", Outcome, trial.run)
     how = Smoothing(draws=plan.draws, seed=plan.seed)
     certificate = certify(model, cases.risky, cases.harmless, how, out / "noisy")
     found = rates(outcomes)
@@ -70,33 +71,6 @@ def run_suite(
         commit=git_commit(),
         seconds=time.monotonic() - started,
     )
-
-
-def _key(model: PsaVlm, cases: Cases, plan: Plan) -> str:
-    """16 hex digits of all that decides the outcomes."""
-    samples = [*cases.risky, *cases.harmless]
-    told = [
-        probe(model.bottleneck),
-        probe(model.backbone.model),
-        model.policy.hash,
-        model.calibration and model.calibration.to_json(),
-        [(one.id, one.question, image_key(picture_of(one))) for one in samples],
-        asdict(plan),
-        git_commit(),
-    ]
-    return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
-
-
-def _kept(folder: Path, trial: Trial) -> list[Outcome]:
-    """A trial's outcomes: from the disk, or else found now and put there in one piece."""
-    told = f"{trial.attack}/{trial.setting}/{trial.goal}"
-    path = folder / f"{hashlib.sha256(told.encode()).hexdigest()[:16]}.json"
-    if path.exists():
-        return [Outcome(**one) for one in json.loads(path.read_text(encoding="utf-8"))]
-    outcomes = trial.run()
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps([asdict(one) for one in outcomes], indent=1))
-    return outcomes
 
 
 def _pooled(outcomes: Sequence[Outcome]) -> list[Outcome]:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
 from rich.console import Console
 
 from psa_vlm.data.sample import Sample
+from psa_vlm.evaluation import kept
 from psa_vlm.evaluation.evaluate import AnswerFn, aligned, run, unaligned
 from psa_vlm.evaluation.report import Curve, Example, Reliability, write_report
-from psa_vlm.evaluation.scorecard import Method, Record, Scorecard, git_commit, write_whole
+from psa_vlm.evaluation.scorecard import Method, Record, Scorecard, git_commit
 from psa_vlm.inference import PsaVlm
 from psa_vlm.model.backbone import Backbone
 from psa_vlm.testbed.cases import CELLS, SPLITS, Split, alignment_samples, evaluation_samples
@@ -102,18 +103,8 @@ def _run_seed(out: Path, seed: int, size: Scale) -> list[Record]:
             for record in evaluate(method, answer, asked, seed)
         ]
 
-    return kept(out / f"records-{size.alignment}-{size.per_cell}-{git_commit()}.jsonl", make)
-
-
-def kept(path: Path, make: Callable[[], list[Record]]) -> list[Record]:
-    """Records that are made once and read from a file after that."""
-    if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines()
-        return [Record(**json.loads(line)) for line in lines]
-    records = make()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, "".join(json.dumps(asdict(one)) + "\n" for one in records))
-    return records
+    name = f"records-{size.alignment}-{size.per_cell}-{git_commit()}.jsonl"
+    return kept.rows(out / name, Record, make)
 
 
 def _methods(out: Path, seed: int, samples: list[Sample]) -> Iterator[tuple[Method, AnswerFn]]:
