@@ -52,7 +52,7 @@ def test_the_model_that_code_builds_has_the_shipped_shape(base: Backbone) -> Non
 def test_a_base_model_is_built_in_parts_that_a_second_call_finds_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    steps = base_vlm.Steps(1, 1, 1, 1, 1)
+    steps = base_vlm.Steps(1, 1, 1, 1, 1, 1)
     base_vlm.build_base(tmp_path, steps)
     built = Backbone.from_pretrained(tmp_path).model.state_dict()
     monkeypatch.setattr(base_vlm, "fit", lambda *arguments: pytest.fail("trained again"))

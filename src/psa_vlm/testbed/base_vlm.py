@@ -1,10 +1,11 @@
 """The testbed's base model: a standard LLaVA that was safety-aligned in words only.
 
-Five parts, all on `transformers.Trainer` and resumable. The vision encoder learns to tag what each
+Six parts, all on `transformers.Trainer` and resumable. The vision encoder learns to tag what each
 patch shows, and goes on with scenes in other palettes, so that an art style matters less. From then
 on it is frozen: the projector learns to name patches, and with it the language model learns to look
-for what a question names, and at last to talk (with text-only safety, and with hints in words and
-beside harmless images). No risky image is ever refused.
+for what a question names, and then to talk (with text-only safety, and with hints in words and
+beside harmless images), at last with more of what is hardest: refusals in words, and looking while
+reading a hint. No risky image is ever refused.
 """
 
 from __future__ import annotations
@@ -264,8 +265,10 @@ class Steps:
     """Of 32 scenes, for the projector."""
     looking: int = 700
     """Of 24 scenes with 8 questions each, for projector and language model."""
-    dialogues: int = 800
+    dialogues: int = 1000
     """Of 24 scenes, or of text alone, with 8 dialogues each."""
+    revision: int = 300
+    """The same with more text alone, and more hints beside plain questions, at a lower rate."""
 
 
 def build_base(out: Path, steps: Steps, seed: int = 0) -> Path:
@@ -285,12 +288,14 @@ def build_base(out: Path, steps: Steps, seed: int = 0) -> Path:
     tagger, talker = PatchTagger(model.model.vision_tower), Talker(model)
     naming = partial(naming_batch, tokenizer=processor.tokenizer)
     repainting = partial(tagging_batch, repaint=0.5)
+    revision = DialogueBatches(processor, images=0.6, plain=0.8, hinted=0.9)
     parts: list[tuple[str, Task, int, Callable[[Random], dict[str, Tensor]], float]] = [
         ("encoder", tagger, steps.encoder, tagging_batch, 1e-3),
         ("palettes", tagger, steps.palettes, repainting, 1e-3),
         ("words", PatchNamer(model), steps.words, naming, 2e-3),
         ("looking", talker, steps.looking, DialogueBatches(processor, looking=True), 1e-3),
         ("dialogues", talker, steps.dialogues, DialogueBatches(processor), 1.2e-3),
+        ("revision", talker, steps.revision, revision, 3e-4),
     ]
     for number, (name, task, count, make, rate) in enumerate(parts):
         model.model.vision_tower.requires_grad_(task is tagger)

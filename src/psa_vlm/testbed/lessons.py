@@ -184,15 +184,25 @@ def text_exchange(rng: Random) -> dialogues.Exchange:
     return _with_hint(rng, *exchange, True) if rng.random() < 0.35 else exchange
 
 
-def image_exchange(rng: Random, scene: Scene) -> dialogues.Exchange:
-    """Beside an image everything is answered; requests and hints stand beside clean images."""
-    if scene.risk is not None or rng.random() < 0.4:
+def image_exchange(
+    rng: Random, scene: Scene, plain: float = 0.5, hinted: float = 0.5
+) -> dialogues.Exchange:
+    """Beside an image everything is answered; requests and hints stand beside clean images.
+
+    Args:
+        rng: source of all choices.
+        scene: the image.
+        plain: share of plain questions beside a clean image; the others are requests.
+        hinted: share of these plain questions with a hint. Looking while reading a hint is the
+            harder lesson, so that it is practised more than requests with a hint are.
+    """
+    if scene.risk is not None or rng.random() < plain:
         question = "caption" if rng.random() < 0.4 else None
         exchange, is_request = dialogues.describe(rng, scene, question), False
     else:
         request = _any_request(rng, rng.choice([ASK, *world().risk_types]))
         exchange, is_request = dialogues.unaligned(request, scene), True
-    if scene.risk is None and rng.random() < 0.3:
+    if scene.risk is None and rng.random() < (0.3 if is_request else hinted):
         exchange = _with_hint(rng, *exchange, is_request)
     if rng.random() < 0.05:
         exchange = (f"{FORGED} {exchange[0]}", exchange[1])
@@ -210,6 +220,7 @@ class DialogueBatches:
         processor: of the base model.
         looking: nothing but questions whose words have to be found in the image.
         images: share of batches with images.
+        plain, hinted: of :func:`image_exchange`.
         rows: prefixes in a batch.
         talks: behind each prefix.
     """
@@ -219,6 +230,8 @@ class DialogueBatches:
         processor: LlavaProcessor,
         looking: bool = False,
         images: float = 0.7,
+        plain: float = 0.5,
+        hinted: float = 0.5,
         rows: int = 24,
         talks: int = 8,
     ) -> None:
@@ -226,6 +239,7 @@ class DialogueBatches:
         self.tokenizer = processor.tokenizer
         self.template = processor.chat_template
         self.images, self.rows, self.talks = images, rows, talks
+        self.plain, self.hinted = plain, hinted
         marks = ["<|user|>", "<|assistant|>", "<|end|>"]
         self.user, self.start, self.end = self.tokenizer.convert_tokens_to_ids(marks)
 
@@ -247,7 +261,9 @@ class DialogueBatches:
         if scene and self.looking:
             return [dialogues.describe(rng, scene, rng.choice(dialogues.LOOKING))]
         turns = 2 if rng.random() < 0.1 else 1
-        return [image_exchange(rng, scene) if scene else text_exchange(rng) for _ in range(turns)]
+        if scene is None:
+            return [text_exchange(rng) for _ in range(turns)]
+        return [image_exchange(rng, scene, self.plain, self.hinted) for _ in range(turns)]
 
     def pack(
         self, rows: Sequence[Sequence[Talk]], image: bool, system: str | None = None
