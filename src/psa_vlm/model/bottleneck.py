@@ -172,8 +172,10 @@ class SafetyBottleneck(nn.Module):
             rows.setdefault((features.shape[0], features.shape[1]), []).append(row)
         if len(rows) == 1:
             (grid,) = rows
-            return self(torch.stack(list(maps)).flatten(1, 2), text_embeds, text_mask, grid)
-        outputs = [
+            h_o = torch.stack(list(maps)).flatten(1, 2)  # [B, N, Dv]
+            output: BottleneckOutput = self(h_o, text_embeds, text_mask, grid)
+            return output
+        outputs: list[BottleneckOutput] = [
             self(
                 torch.stack([maps[row] for row in group]).flatten(1, 2),
                 text_embeds[group],
