@@ -13,7 +13,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from psa_vlm.data.contamination import Seen
+from psa_vlm.data.contamination import Fingerprints
 from psa_vlm.data.sample import Sample, Turn
 from psa_vlm.errors import CheckpointError, ConfigError
 from psa_vlm.inference import PsaVlm
@@ -25,7 +25,7 @@ from psa_vlm.sharing.export import export_run, push
 def run(aligned_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of a LoRA and a calibration, with records."""
     folder = Path(shutil.copytree(aligned_run, tmp_path_factory.mktemp("export") / "run"))
-    Seen.of([Sample("s", (), (Turn("user", "Hi"),))]).save(folder)
+    Fingerprints.of([Sample("s", (), (Turn("user", "Hi"),))]).save(folder)
     for name in ("training.json", "README.md", "calibration.html", "notes.json"):
         (folder / name).write_text(name)
     return folder
