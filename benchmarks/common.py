@@ -32,6 +32,7 @@ from transformers import (
     LlavaConfig,
 )
 
+from psa_vlm.experiments.page import processor
 from psa_vlm.testbed.base_vlm import build_model, build_processor
 from psa_vlm.testbed.premise import base_path
 from psa_vlm.training.config import Stage1Config, load
@@ -328,9 +329,7 @@ def processor_name(device: torch.device) -> str:
     """Model of the GPU or CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
-    return found[1] if found else platform.processor() or platform.machine()
+    return processor()
 
 
 def commit() -> str | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,3 +35,23 @@ def test_a_benchmark_then_a_comparison(
     assert "side by side" in page.read_text("utf-8")
     code, _, problem = psa("evaluate", "--judge", "rules", "--model", run_dir)
     assert code == 2 and "--judge is for --task" in problem
+
+
+def test_without_inspect_each_command_says_what_to_install() -> None:
+    program = """
+import sys
+from psa_vlm.cli import main
+
+sys.modules["inspect_ai"] = None  # importing it fails
+for asked in ("compare a b", "ab serve a b", "ab results x", "evaluate --task figstep --model m"):
+    sys.argv = ["psa-vlm", *asked.split()]
+    try:
+        main()
+    except SystemExit as ended:
+        assert ended.code == 1, (asked, ended.code)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=False, capture_output=True, text=True
+    )
+    told = "error: inspect_ai is not installed; run: pip install 'psa-vlm[eval]'"
+    assert (done.returncode, done.stdout, done.stderr.splitlines()) == (0, "", [told] * 4)

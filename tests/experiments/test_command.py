@@ -61,9 +61,9 @@ def test_an_experiment_is_told_scale_and_seed(psa: Psa, tmp_path: Path) -> None:
 
 
 def test_an_experiment_that_reads_a_run_is_given_it(psa: Psa, tmp_path: Path) -> None:
-    assert psa("reads", "--run", "runs/x", "--out", tmp_path)[0] == 0
-    assert result(tmp_path)["question"] == "runs/x"
-    assert "--run runs/x" in str(result(tmp_path)["command"])
+    assert psa("reads", "--run", "my runs/--trained", "--out", tmp_path)[0] == 0
+    assert result(tmp_path)["question"] == "my runs/--trained"
+    assert "reads --run 'my runs/--trained' --scale small" in str(result(tmp_path)["command"])
 
 
 def test_an_experiment_is_given_the_options_that_it_has(psa: Psa, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,9 @@ import typer
 
 from psa_vlm.cli.options import Base, Scale, quiet
 from psa_vlm.errors import InputError
+
+PARAMETER = {"run": "trained"}
+"""Options whose parameter has another name in an experiment's `run`."""
 
 
 def experiment(
@@ -51,16 +55,17 @@ def experiment(
         raise InputError(f"the experiment {name} reads a run: name one with --run")
     if run is not None and "trained" not in taken:
         raise InputError(f"the experiment {name} trains its own runs: leave --run out")
-    options = {"trained": run, "base": base, "data": data, "images": images, "tag": tag}
+    options = {"run": run, "base": base, "data": data, "images": images, "tag": tag}
     given = {option: value for option, value in options.items() if value is not None}
-    if unknown := [option for option in given if option not in taken]:
+    named = {PARAMETER.get(option, option): value for option, value in given.items()}
+    if unknown := [option for option in given if PARAMETER.get(option, option) not in taken]:
         raise InputError(f"the experiment {name} has no --{unknown[0]}: leave it out")
     quiet()
     started = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
-    page = module.run(out, scale.value, seed, **given)
-    words = [f"--{key} {value}" for key, value in given.items()]
-    command = " ".join(
-        [f"psa-vlm experiment {name}", *words, f"--scale {scale.value} --seed {seed}"]
-    ).replace("--trained", "--run")
+    page = module.run(out, scale.value, seed, **named)
+    words = [word for option, value in given.items() for word in (f"--{option}", str(value))]
+    command = shlex.join(
+        ["psa-vlm", "experiment", name, *words, "--scale", scale.value, "--seed", str(seed)]
+    )
     write_page(out, page, command, seed, started)

@@ -322,15 +322,9 @@ def _bars(comparison: Comparison, measure: str, judge: str) -> charts.Figure:
                 "x": [one.group for one in shown],
                 "y": [one.value for one in shown],
                 "marker": {"color": f"--c{place}"},
-                "error_y": {
-                    "type": "data",
-                    "symmetric": False,
-                    "array": [one.high - one.value for one in shown],
-                    "arrayminus": [one.value - one.low for one in shown],
-                    "color": "--muted",
-                    "thickness": 1.2,
-                    "width": 3,
-                },
+                "error_y": charts.error_bars(
+                    [(one.low, one.value, one.high) for one in shown], "--muted"
+                ),
                 "hovertext": [f"{letter}, {one.group}: {_cell(one)}" for one in shown],
                 "hoverinfo": "text",
             }

@@ -7,7 +7,7 @@ so that a chart follows its light and dark mode.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from psa_vlm.evaluation.scorecard import METHODS, Metric, Scorecard, format_ci, format_value
@@ -39,15 +39,7 @@ def bars(scorecard: Scorecard, metric: Metric) -> Figure:
                 "x": [row.split for row in rows],
                 "y": values,
                 "marker": {"color": f"--{method}"},
-                "error_y": {
-                    "type": "data",
-                    "symmetric": False,
-                    "array": [h - v for h, v in zip(high, values, strict=True)],
-                    "arrayminus": [v - one for one, v in zip(low, values, strict=True)],
-                    "color": "--muted",
-                    "thickness": 1.2,
-                    "width": 3,
-                },
+                "error_y": error_bars(zip(low, values, high, strict=True), "--muted"),
                 "hovertext": [
                     f"{label}: {format_value(metric, row.value(metric))} ({format_ci(row, metric)})"
                     for row in rows
@@ -96,19 +88,8 @@ def shares(series: Series, title: str, log: bool = False) -> Figure:
                 "y": [one.value for _, one in points],
                 "line": {"color": colour, "width": 2},
                 "marker": {"color": colour},
-                "error_y": {
-                    "type": "data",
-                    "symmetric": False,
-                    "array": [one.high - one.value for _, one in points],
-                    "arrayminus": [one.value - one.low for _, one in points],
-                    "color": colour,
-                    "thickness": 1,
-                    "width": 3,
-                },
-                "hovertext": [
-                    f"{name}: {one.value:.1%} ({one.low:.1%}-{one.high:.1%}), n {one.n}"
-                    for _, one in points
-                ],
+                "error_y": error_bars([_span(one) for _, one in points], colour),
+                "hovertext": [_told(name, one) for _, one in points],
                 "hoverinfo": "text",
             }
         )
@@ -135,19 +116,8 @@ def dots(points: Mapping[str, Interval]) -> Figure:
         "x": [one.value for one in found],
         "y": list(points),
         "marker": {"color": "--accent", "size": 9},
-        "error_x": {
-            "type": "data",
-            "symmetric": False,
-            "array": [one.high - one.value for one in found],
-            "arrayminus": [one.value - one.low for one in found],
-            "color": "--accent",
-            "thickness": 1.2,
-            "width": 3,
-        },
-        "hovertext": [
-            f"{name}: {one.value:.1%} ({one.low:.1%}-{one.high:.1%}), n {one.n}"
-            for name, one in points.items()
-        ],
+        "error_x": error_bars([_span(one) for one in found], "--accent"),
+        "hovertext": [_told(name, one) for name, one in points.items()],
         "hoverinfo": "text",
     }
     layout = plain_layout(height=70 + 26 * len(found))
@@ -197,6 +167,20 @@ def reliability(bins: list[Bin]) -> Figure:
     return {"data": [accuracy, ideal, counts], "layout": layout}
 
 
+def error_bars(spans: Iterable[tuple[float, float, float]], colour: str) -> Figure:
+    """Plotly's error bars for (low, value, high), one for each point."""
+    found = list(spans)
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": [high - value for _, value, high in found],
+        "arrayminus": [value - low for low, value, _ in found],
+        "color": colour,
+        "thickness": 1.2,
+        "width": 3,
+    }
+
+
 def plain_layout(height: int) -> Figure:
     """What every chart has in common."""
     axis = {
@@ -221,3 +205,11 @@ def plain_layout(height: int) -> Figure:
         "xaxis": axis | {"showgrid": False},
         "yaxis": dict(axis),
     }
+
+
+def _span(one: Interval) -> tuple[float, float, float]:
+    return one.low, one.value, one.high
+
+
+def _told(name: str, one: Interval) -> str:
+    return f"{name}: {one.value:.1%} ({one.low:.1%}-{one.high:.1%}), n {one.n}"

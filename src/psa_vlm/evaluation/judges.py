@@ -14,24 +14,28 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from inspect_ai.model import (
-    ChatMessageUser,
-    Content,
-    ContentImage,
-    ContentText,
-    GenerateConfig,
-    get_model,
-)
-from inspect_ai.scorer import Score, Scorer, Target, mean, scorer, stderr
-from inspect_ai.solver import TaskState
 from pydantic import Field
 
-from psa_vlm.errors import DataError, InputError
+from psa_vlm.errors import DataError, InputError, MissingExtra
 from psa_vlm.evaluation.scorers import Judge, shows_care
 from psa_vlm.policy.policy import Policy
 from psa_vlm.strict_yaml import read_yaml
 from psa_vlm.taxonomy import Taxonomy
 from psa_vlm.typed_yaml import Section
+
+try:
+    from inspect_ai.model import (
+        ChatMessageUser,
+        Content,
+        ContentImage,
+        ContentText,
+        GenerateConfig,
+        get_model,
+    )
+    from inspect_ai.scorer import Score, Scorer, Target, mean, scorer, stderr
+    from inspect_ai.solver import TaskState
+except ModuleNotFoundError:
+    raise MissingExtra("inspect_ai", "eval") from None
 
 PHRASES = "phrases"
 RULES = "rules"

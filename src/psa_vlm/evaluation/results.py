@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from inspect_ai.log import EvalLog
+from typing import TYPE_CHECKING
+
 from pydantic import BaseModel, ConfigDict
 from rich import box
 from rich.console import Group
@@ -13,6 +14,9 @@ from psa_vlm.errors import DataError
 from psa_vlm.evaluation.agreement import Agreement, agreements
 from psa_vlm.evaluation.measures import ALL, Figure, figures
 from psa_vlm.evaluation.outcomes import method_of, outcomes
+
+if TYPE_CHECKING:
+    from inspect_ai.log import EvalLog
 
 
 class Results(BaseModel):

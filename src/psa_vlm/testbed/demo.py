@@ -40,7 +40,7 @@ class Scale:
     seeds: int
 
 
-SCALES = {"small": Scale(2000, 100, 1), "full": Scale(2000, 667, 3)}
+SCALES = {"small": Scale(2000, 80, 1), "full": Scale(2000, 667, 3)}
 EXAMPLES = 6
 
 
