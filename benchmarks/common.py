@@ -81,7 +81,9 @@ class Shape:
     def base(self, device: torch.device) -> tuple[Any, Any]:
         """Model and processor as plain transformers has them; an answer never ends early."""
         model, processor = self.build(device)
-        model.generation_config.eos_token_id = None
+        model.generation_config.eos_token_id = None  # ours ends at the tokenizer's all the same
+        with torch.no_grad():  # a logit of zero is never the highest
+            model.get_output_embeddings().weight[processor.tokenizer.eos_token_id] = 0
         return model.to(device).eval().requires_grad_(False), processor
 
     def config(self, *overrides: str) -> Stage1Config:

@@ -14,7 +14,7 @@ two passes  the authors' flow rebuilt from its description (arXiv 2411.11543): o
             classifier computes in the model's own precision.
 refused     `PsaVlm.reply` under a policy that refuses.
 
-All share one set of weights. No answer ends early: the end of text is switched off.
+All share one set of weights. No answer ends early: the end of text has no weights.
 """
 
 from __future__ import annotations
@@ -189,6 +189,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         Ratio("ours, refused", f"plain, {whole}", at_most=0.3),
     ]
     prompt = ours.backbone.prompts([[Turn("user", question())]], [1])["input_ids"]
+    (seen,) = ours.see_batch([image], [question()])
+    (written,) = ours.answer_batch([seen], [None], TOKENS)
+    assert written.tokens == TOKENS, written  # else the ratios compare other lengths
     facts = {
         "dtype": str(ours.backbone.dtype),
         "image_tokens": ours.backbone.image_tokens,
