@@ -71,3 +71,25 @@ def test_more_eps_must_not_be_weaker() -> None:
         outcomes("adaptive", 16, 1, rest=", weight 0.75"),  # another series
     )
     assert "weight 0.5" in line and "8/255" in line and "16/255" in line
+
+
+@pytest.mark.parametrize(
+    ("attack", "goal", "rest"),
+    [
+        ("APGD on the head", "miss", ""),
+        ("false alarm", "alarm", ""),
+        ("adaptive", "miss", ", weight 1"),
+    ],
+)
+def test_an_attack_on_the_head_is_not_doubted_for_the_reply(
+    attack: str, goal: Any, rest: str
+) -> None:
+    """More eps may leave less of the picture for the model to talk about."""
+
+    def one(eps: int, reply: bool) -> Outcome:
+        answered = {"refused": reply if goal == "alarm" else not reply, "harmful": reply}
+        return Outcome(
+            attack, f"eps {eps}/255{rest}", goal, "0", allowed=goal == "miss", **answered
+        )
+
+    assert told([one(8, True)], [one(16, False)]) == []
