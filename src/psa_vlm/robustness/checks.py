@@ -65,6 +65,6 @@ def _weaker(rates: Sequence[Rate]) -> Iterator[str]:
 
 
 def _aim(rate: Rate) -> float:
-    """What an attack searches for: on the head it is the head's word, whatever the reply is then."""
+    """What an attack searches for; on the head that is its word, whatever the reply is then."""
     whole = rate.attack == "adaptive" and not rate.setting.endswith("weight 1")
     return (rate.success if whole else rate.deceived).value
