@@ -10,7 +10,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 from rich import box
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from psa_vlm.evaluation import figures
 from psa_vlm.evaluation.report import write_page
@@ -59,28 +61,33 @@ class Results(BaseModel):
         text = json.dumps(self.model_dump(mode="json"), indent=2, allow_nan=False)
         write_whole(path, text + "\n")
 
-    def table(self) -> Table:
-        """One line for each attack and setting; shares in percent."""
-        shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        for column in ("attack", "setting", "goal", *COLUMNS, "n"):
-            left = column in ("attack", "setting", "goal")
-            shown.add_column(column, justify="left" if left else "right")
+    def table(self) -> Group:
+        """One line for each attack and setting, a table for each goal."""
+        told = [
+            f"judge: {self.judge}; policy: {self.policy}",
+            *(f"warning: {line}" for line in self.warnings),
+            *(f"note: {line}" for line in self.notes),
+        ]
+        tables = (self._of_goal(goal, title) for goal, title in GOALS.items())
+        return Group(*tables, *map(Text, told))
+
+    def _of_goal(self, goal: str, title: str) -> Table:
+        """Three shares of the page's four, so that 80 columns hold them."""
+        shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        shown.add_column("attack")
+        shown.add_column("setting", ratio=1)
+        narrow = dict(list(COLUMNS.items())[:3])
+        for column in (*narrow, "n"):
+            shown.add_column(column, justify="right", no_wrap=True)
         last = ""
-        for rate in self.summary:
+        for rate in (one for one in self.summary if one.goal == goal):
             if last and rate.attack != last:
                 shown.add_section()
             name = "" if rate.attack == last else rate.attack
-            cells = [share(getattr(rate, column)) for column in COLUMNS.values()]
-            shown.add_row(name, rate.setting, rate.goal, *cells, str(rate.n))
+            cells = [share(getattr(rate, attribute)) for attribute in narrow.values()]
+            setting = rate.setting.replace("_", " ")  # so that it wraps
+            shown.add_row(name, setting, *cells, str(rate.n))
             last = rate.attack
-        shown.caption = "\n".join(
-            [
-                f"judge: {self.judge}; policy: {self.policy}",
-                *(f"warning: {line}" for line in self.warnings),
-                *(f"note: {line}" for line in self.notes),
-            ]
-        )
-        shown.caption_justify = "left"
         return shown
 
     def write(self, path: str | Path, command: str) -> None:
@@ -154,6 +161,8 @@ class Results(BaseModel):
         return series
 
 
+MANY = 500
+"""Requests from which on a tenth of a percent tells something."""
 COLUMNS = {
     "success": "success",
     "head deceived": "deceived",
@@ -164,11 +173,12 @@ COLUMNS = {
 
 
 def share(interval: Interval | None) -> str:
-    """A share in percent with its interval."""
+    """A share in percent with its interval; of few requests in whole percents, which say enough."""
     if interval is None:
         return "-"
-    low, high = 100 * interval.low, 100 * interval.high
-    return f"{100 * interval.value:.1f}% ({low:.1f}-{high:.1f})"
+    digits = 1 if interval.n >= MANY else 0
+    value, low, high = (100 * one for one in (interval.value, interval.low, interval.high))
+    return f"{value:.{digits}f}% ({low:.{digits}f}-{high:.{digits}f})"
 
 
 def _mean(shares: Iterable[Interval]) -> Interval:
