@@ -46,7 +46,7 @@ def attack(patch: pytest.MonkeyPatch, *arguments: object) -> None:
         assert not stop.code
 
 
-def test_every_attack_has_its_rates(out: Path) -> None:
+def test_every_attack_has_its_rates(out: Path, run_dir: Path) -> None:
     found = json.loads((out / "attack.json").read_text())
     rates = {(one["attack"], one["setting"], one["goal"]): one for one in found["rates"]}
     assert {attack for attack, _, _ in rates} == {
@@ -67,6 +67,7 @@ def test_every_attack_has_its_rates(out: Path) -> None:
     assert [one["n"] for one in pooled] == [4, 4]
     assert found["judge"] == "refusal phrases and exact match" and found["notes"] == []
     assert found["certificate"]["draws"] == 4
+    assert found["run"] == str(run_dir)
 
 
 def test_the_report_is_one_page(out: Path) -> None:

@@ -52,8 +52,8 @@ def run_suite(
     folder = out / "trials" / kept.key(kept.identity(model), asked, asdict(plan))
     outcomes: list[Outcome] = []
     for trial in track(list(suite.trials()), "attacks"):
-        name = kept.key(trial.attack, trial.setting, trial.goal)
-        outcomes += kept.rows(folder / f"{name}.jsonl", Outcome, trial.run)
+        key = kept.key(trial.attack, trial.setting, trial.goal)
+        outcomes += kept.rows(folder / f"{key}.jsonl", Outcome, trial.run)
     how = Smoothing(draws=plan.draws, seed=plan.seed)
     certificate = certify(model, cases.risky, cases.harmless, how, out / "noisy")
     found = rates(outcomes)
