@@ -172,6 +172,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         reply = ours.reply(image, question(), strict, {"illegal_risk": "high"})
         assert reply.decision.action == "refuse", reply.decision
 
+    (seen,) = ours.see_batch([image], [question()])
+    (written,) = ours.answer_batch([seen], [None], TOKENS)
+    assert written.tokens == TOKENS, written  # else the ratios compare other lengths
     calls: dict[str, Callable[[], object]] = {}
     for what, tokens in (("first token", 1), (f"{TOKENS} tokens", TOKENS)):
         calls[f"plain, {what}"] = lambda n=tokens: plain.reply(image, question(), n)
@@ -189,9 +192,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         Ratio("ours, refused", f"plain, {whole}", at_most=0.3),
     ]
     prompt = ours.backbone.prompts([[Turn("user", question())]], [1])["input_ids"]
-    (seen,) = ours.see_batch([image], [question()])
-    (written,) = ours.answer_batch([seen], [None], TOKENS)
-    assert written.tokens == TOKENS, written  # else the ratios compare other lengths
     facts = {
         "dtype": str(ours.backbone.dtype),
         "image_tokens": ours.backbone.image_tokens,

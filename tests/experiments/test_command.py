@@ -24,11 +24,11 @@ def psa(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     def trains(out: Path, scale: str, seed: int) -> Page:
         return Page("trains", f"{scale} {seed}", [])
 
-    def reads(out: Path, scale: str, seed: int, trained: Path) -> Page:
-        return Page("reads", str(trained), [])
+    def reads(out: Path, scale: str, seed: int, run: Path) -> Page:
+        return Page("reads", str(run), [])
 
     def cuts(
-        out: Path, scale: str, seed: int, trained: Path, base: Path, tag: str | None = None
+        out: Path, scale: str, seed: int, run: Path, base: Path, tag: str | None = None
     ) -> Page:
         return Page("cuts", f"{base} by {tag}", [])
 

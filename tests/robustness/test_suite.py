@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from psa_vlm import cli
 from psa_vlm.data.sample import Sample, Turn
 from psa_vlm.errors import DataError
 from psa_vlm.inference import PsaVlm
 from psa_vlm.robustness import suite, trials
+from psa_vlm.robustness.results import Results
 from psa_vlm.robustness.trials import Cases, Plan
 from psa_vlm.testbed.cases import write_samples
 
@@ -75,6 +79,22 @@ def test_the_report_is_one_page(out: Path) -> None:
     for words in ("adaptive", "no certificate of the run", "Square on the head", "by-eps"):
         assert words in page
     assert 'src="http' not in page
+
+
+def test_the_tables_fit_80_columns(out: Path) -> None:
+    """Nothing is cut off, and a goal that nothing was tried for has no table."""
+    results = Results.model_validate_json((out / "attack.json").read_text())
+    whole = [
+        replace(rate, setting="jpeg_compression") if rate.attack == "corruption" else rate
+        for rate in results.summary
+    ]
+    missed = [rate for rate in whole if rate.goal == "miss"]
+    for summary, alarms in ((whole, True), (missed, False)):
+        told = io.StringIO()
+        Console(width=80, file=told).print(results.model_copy(update={"summary": summary}).table())
+        shown = told.getvalue()
+        assert "\u2026" not in shown and "compression " in shown and "risky requests" in shown
+        assert ("harmless requests" in shown) == alarms
 
 
 def test_a_stopped_suite_goes_on(

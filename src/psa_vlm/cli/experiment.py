@@ -11,9 +11,6 @@ import typer
 from psa_vlm.cli.options import Base, Scale, quiet
 from psa_vlm.errors import InputError
 
-PARAMETER = {"run": "trained"}
-"""Options whose parameter has another name in an experiment's `run`."""
-
 
 def experiment(
     name: Annotated[str, typer.Argument(help="Which; docs/experiments/README.md lists them.")],
@@ -51,19 +48,18 @@ def experiment(
     module = import_module(EXPERIMENTS[name])
     out = out or Path("runs/experiments") / name
     taken = signature(module.run).parameters
-    if "trained" in taken and run is None:
+    if "run" in taken and run is None:
         raise InputError(f"the experiment {name} reads a run: name one with --run")
-    if run is not None and "trained" not in taken:
+    if run is not None and "run" not in taken:
         raise InputError(f"the experiment {name} trains its own runs: leave --run out")
     options = {"run": run, "base": base, "data": data, "images": images, "tag": tag}
     given = {option: value for option, value in options.items() if value is not None}
-    named = {PARAMETER.get(option, option): value for option, value in given.items()}
-    if unknown := [option for option in given if PARAMETER.get(option, option) not in taken]:
+    if unknown := [option for option in given if option not in taken]:
         raise InputError(f"the experiment {name} has no --{unknown[0]}: leave it out")
     quiet()
     started = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
-    page = module.run(out, scale.value, seed, **named)
+    page = module.run(out, scale.value, seed, **given)
     words = [word for option, value in given.items() for word in (f"--{option}", str(value))]
     command = shlex.join(
         ["psa-vlm", "experiment", name, *words, "--scale", scale.value, "--seed", str(seed)]

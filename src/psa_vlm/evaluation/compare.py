@@ -322,9 +322,7 @@ def _bars(comparison: Comparison, measure: str, judge: str) -> charts.Figure:
                 "x": [one.group for one in shown],
                 "y": [one.value for one in shown],
                 "marker": {"color": f"--c{place}"},
-                "error_y": charts.error_bars(
-                    [(one.low, one.value, one.high) for one in shown], "--muted"
-                ),
+                "error_y": charts.error_bars(shown, "--muted"),
                 "hovertext": [f"{letter}, {one.group}: {_cell(one)}" for one in shown],
                 "hoverinfo": "text",
             }

@@ -7,8 +7,8 @@ so that a chart follows its light and dark mode.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 from psa_vlm.evaluation.scorecard import METHODS, Metric, Scorecard, format_ci, format_value
 from psa_vlm.evaluation.scorers import Bin, Interval
@@ -28,18 +28,16 @@ def bars(scorecard: Scorecard, metric: Metric) -> Figure:
         rows = [row for row in scorecard.rows if row.method == method and metric in row.ci]
         if not rows:
             continue
-        values = [row.value(metric) or 0.0 for row in rows]
-        low = [row.ci[metric][0] for row in rows]
-        high = [row.ci[metric][1] for row in rows]
-        top = max(top, *high)
+        found = [Interval(row.value(metric) or 0.0, *row.ci[metric], row.n) for row in rows]
+        top = max(top, *(one.high for one in found))
         data.append(
             {
                 "type": "bar",
                 "name": label,
                 "x": [row.split for row in rows],
-                "y": values,
+                "y": [one.value for one in found],
                 "marker": {"color": f"--{method}"},
-                "error_y": error_bars(zip(low, values, high, strict=True), "--muted"),
+                "error_y": error_bars(found, "--muted"),
                 "hovertext": [
                     f"{label}: {format_value(metric, row.value(metric))} ({format_ci(row, metric)})"
                     for row in rows
@@ -88,7 +86,7 @@ def shares(series: Series, title: str, log: bool = False) -> Figure:
                 "y": [one.value for _, one in points],
                 "line": {"color": colour, "width": 2},
                 "marker": {"color": colour},
-                "error_y": error_bars([_span(one) for _, one in points], colour),
+                "error_y": error_bars([one for _, one in points], colour),
                 "hovertext": [_told(name, one) for _, one in points],
                 "hoverinfo": "text",
             }
@@ -116,7 +114,7 @@ def dots(points: Mapping[str, Interval]) -> Figure:
         "x": [one.value for one in found],
         "y": list(points),
         "marker": {"color": "--accent", "size": 9},
-        "error_x": error_bars([_span(one) for one in found], "--accent"),
+        "error_x": error_bars(found, "--accent"),
         "hovertext": [_told(name, one) for name, one in points.items()],
         "hoverinfo": "text",
     }
@@ -167,14 +165,24 @@ def reliability(bins: list[Bin]) -> Figure:
     return {"data": [accuracy, ideal, counts], "layout": layout}
 
 
-def error_bars(spans: Iterable[tuple[float, float, float]], colour: str) -> Figure:
-    """Plotly's error bars for (low, value, high), one for each point."""
-    found = list(spans)
+class Ranged(Protocol):
+    """A figure with its interval."""
+
+    @property
+    def value(self) -> float: ...
+    @property
+    def low(self) -> float: ...
+    @property
+    def high(self) -> float: ...
+
+
+def error_bars(points: Sequence[Ranged], colour: str) -> Figure:
+    """Plotly's error bars, one for each point."""
     return {
         "type": "data",
         "symmetric": False,
-        "array": [high - value for _, value, high in found],
-        "arrayminus": [value - low for low, value, _ in found],
+        "array": [one.high - one.value for one in points],
+        "arrayminus": [one.value - one.low for one in points],
         "color": colour,
         "thickness": 1.2,
         "width": 3,
@@ -205,10 +213,6 @@ def plain_layout(height: int) -> Figure:
         "xaxis": axis | {"showgrid": False},
         "yaxis": dict(axis),
     }
-
-
-def _span(one: Interval) -> tuple[float, float, float]:
-    return one.low, one.value, one.high
 
 
 def _told(name: str, one: Interval) -> str:

@@ -1,6 +1,6 @@
 """Experiments: each module answers one question with `run(out, scale, seed) -> Page`.
 
-One that reads a trained run takes its folder as `trained`, and where its base model is as `base`.
+One that reads a trained run takes its folder as `run`, and where its base model is as `base`.
 """
 
 from __future__ import annotations

@@ -94,20 +94,20 @@ KINDS: dict[str, Kind] = {
 }
 
 
-def run(out: Path, scale: str, seed: int, trained: Path, base: Path | None = None) -> Page:
+def run(out: Path, scale: str, seed: int, run: Path, base: Path | None = None) -> Page:
     """Ask a run and its base model, and sweep the thresholds.
 
     Args:
         out: the experiment's folder; what is in it already is not asked again.
         scale: a name in `SCALES`.
         seed: of the requests.
-        trained: a run folder.
+        run: a run folder.
         base: where its base model is now, if it moved.
     """
-    model = PsaVlm.from_pretrained(trained, base=base)
-    plain, _ = load_method(trained, baseline="plain", base=base)
+    model = PsaVlm.from_pretrained(run, base=base)
+    plain, _ = load_method(run, baseline="plain", base=base)
     words, size = Taxonomy.default(), SCALES[scale]
-    words.check_same(model.taxonomy.hash, trained)
+    words.check_same(model.taxonomy.hash, run)
     tables: list[Table] = []
     plots, notes = [], []
     for split, named in SPLITS.items():

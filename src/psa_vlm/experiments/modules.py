@@ -66,19 +66,19 @@ class Scale:
 SCALES = {"small": Scale(1400, 300, 80), "full": Scale(3500, 1000, 250)}
 
 
-def run(out: Path, scale: str, seed: int, trained: Path, base: Path | None = None) -> Page:
+def run(out: Path, scale: str, seed: int, run: Path, base: Path | None = None) -> Page:
     """Read the modules of a run.
 
     Args:
         out: the experiment's folder; what is in it already is not computed again.
         scale: a name in `SCALES`.
         seed: of the requests.
-        trained: a run folder.
+        run: a run folder.
         base: where its base model is now, if it moved.
     """
-    model = PsaVlm.from_pretrained(trained, base=base)
+    model = PsaVlm.from_pretrained(run, base=base)
     words, size = Taxonomy.default(), SCALES[scale]
-    words.check_same(model.taxonomy.hash, trained)
+    words.check_same(model.taxonomy.hash, run)
 
     def readings(name: str, draw: Callable[[], list[Sample]]) -> Readings:
         key = kept.key(size, seed, kept.identity(model))

@@ -54,7 +54,7 @@ def run(
     out: Path,
     scale: str,
     seed: int,
-    trained: Path,
+    run: Path,
     base: Path | None = None,
     data: Path | None = None,
     images: Path | None = None,
@@ -66,7 +66,7 @@ def run(
         out: the experiment's folder; what is in it already is not asked again.
         scale: a name in `SCALES`, for the testbed's requests.
         seed: of the testbed's requests, of draws and shuffles.
-        trained: a run folder.
+        run: a run folder.
         base: where its base model is now, if it moved.
         data: a labelled set in any known layout; None means the testbed's.
         images: folder of its images.
@@ -80,9 +80,9 @@ def run(
         raise InputError("--images is the folder of a set's images: name the set with --data")
     if data is not None and tag is None:
         raise InputError("which tag of the samples makes the slices? Name it with --tag")
-    model = PsaVlm.from_pretrained(trained, base=base)
+    model = PsaVlm.from_pretrained(run, base=base)
     if data is None:
-        Taxonomy.default().check_same(model.taxonomy.hash, trained)
+        Taxonomy.default().check_same(model.taxonomy.hash, run)
         samples = testbed(SCALES[scale].per_style, seed)
     else:
         found = read(data, images, model.taxonomy)

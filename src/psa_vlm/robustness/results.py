@@ -68,23 +68,24 @@ class Results(BaseModel):
             *(f"warning: {line}" for line in self.warnings),
             *(f"note: {line}" for line in self.notes),
         ]
-        tables = (self._of_goal(goal, title) for goal, title in GOALS.items())
+        met = {rate.goal for rate in self.summary}
+        tables = (self._of_goal(goal, title) for goal, title in GOALS.items() if goal in met)
         return Group(*tables, *map(Text, told))
 
-    def _of_goal(self, goal: str, title: str) -> Table:
+    def _of_goal(self, goal: Goal, title: str) -> Table:
         """Three shares of the page's four, so that 80 columns hold them."""
-        shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         shown.add_column("attack")
-        shown.add_column("setting", ratio=1)
-        narrow = dict(list(COLUMNS.items())[:3])
-        for column in (*narrow, "n"):
+        shown.add_column("setting", ratio=1, overflow="fold")
+        *narrow, _ = COLUMNS.items()
+        for column in (*(title for title, _ in narrow), "n"):
             shown.add_column(column, justify="right", no_wrap=True)
         last = ""
         for rate in (one for one in self.summary if one.goal == goal):
             if last and rate.attack != last:
                 shown.add_section()
             name = "" if rate.attack == last else rate.attack
-            cells = [share(getattr(rate, attribute)) for attribute in narrow.values()]
+            cells = [share(getattr(rate, attribute)) for _, attribute in narrow]
             setting = rate.setting.replace("_", " ")  # so that it wraps
             shown.add_row(name, setting, *cells, str(rate.n))
             last = rate.attack
