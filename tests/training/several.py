@@ -41,12 +41,11 @@ def sharding(base: Path, samples: Any, world: int, out: Path, **rest: Any) -> No
     )
     task = language._Answers(language._with_adapter(backbone, config), backbone)
     rows = language.dialogues(samples)
-    opened = language._Opened(rows, language.sizes(backbone, rows))
-    batch = [opened[i][:2] for i in range(len(rows))]
+    batch = language.Collate(backbone)(rows)
 
     def step() -> tuple[float, dict[str, Any]]:
         task.zero_grad()
-        loss = task(batch=batch)["loss"]
+        loss = task(**batch)["loss"]
         loss.backward()
         trained = {name: p.grad for name, p in task.named_parameters() if p.requires_grad}
         return loss.item(), {

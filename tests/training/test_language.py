@@ -10,16 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from psa_vlm.data.images import open_images
 from psa_vlm.data.sample import Sample, Turn
 from psa_vlm.errors import DataError
 from psa_vlm.model.backbone import Backbone
 from psa_vlm.model.tokens import add_safety_tokens
 from psa_vlm.training.fit import Work
 from psa_vlm.training.language import (
+    Collate,
     _Answers,
-    _Opened,
     dialogues,
-    sizes,
+    lengths,
     train_lora,
     train_tokens,
 )
@@ -107,17 +108,16 @@ def test_the_loss_is_on_the_answer_beside_image_and_hint(
 ) -> None:
     text_only = Sample("t", (), (Turn("user", "Hi?"), Turn("assistant", "Hello.")))
     rows = dialogues([samples[0], text_only], ["Safe Hint: take care.", None])
-    opened = _Opened(rows, sizes(backbone, rows))
-    batch = [opened[i][:2] for i in range(2)]
-    loss = _Answers(backbone.model, backbone)(batch)["loss"]
-    images = [image for _, some in batch for image in some]
+    task, collate = _Answers(backbone.model, backbone), Collate(backbone)
+    loss = task(**collate(rows))["loss"]
     inputs = backbone.prompts(
         [row.conversation for row in rows],
         [1, 0],
         ["Safe Hint: take care.", None],
         answers=["It is 0.", "Hello."],
     )
-    pixels = backbone.processor.image_processor(images, return_tensors="pt")["pixel_values"]
+    (image,) = open_images(samples[0].images[0])
+    pixels = backbone.processor.image_processor([image], return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         logits = backbone.model(
             input_ids=inputs["input_ids"],
@@ -128,10 +128,7 @@ def test_the_loss_is_on_the_answer_beside_image_and_hint(
         logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten(), ignore_index=-100
     )
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
-    without = _Answers(backbone.model, backbone)(
-        [(replace(row, hint=None), some) for row, some in batch]
-    )["loss"]
-    assert without != loss
+    assert task(**collate([replace(row, hint=None) for row in rows]))["loss"] != loss
 
 
 def test_dialogues_end_with_the_question() -> None:
@@ -149,6 +146,16 @@ def test_samples_without_answer_are_counted(samples: list[Sample]) -> None:
     silent = [replace(s, conversation=s.conversation[:1]) for s in samples[:2]]
     with pytest.raises(DataError, match="2 of 6 samples have no answer, s0 the first"):
         dialogues([*silent, *samples[2:]])
+
+
+def test_what_cannot_be_written_is_named_before_training(
+    backbone: Backbone, samples: list[Sample], schedules: Any, tmp_path: Path
+) -> None:
+    endless = Turn("assistant", "good " * backbone.max_tokens)
+    long = replace(samples[3], conversation=(samples[3].conversation[0], endless))
+    with pytest.raises(DataError, match=r"^sample s3: the prompt is \d+ tokens long"):
+        train_lora(backbone, dialogues([*samples[:3], long]), schedules["lora"], Work(tmp_path))
+    assert not list(tmp_path.iterdir())
 
 
 # --- batches -------------------------------------------------------------------------------------
@@ -183,6 +190,20 @@ def test_a_step_is_the_same_in_however_many_parts(
     assert outcomes[0] == pytest.approx(outcomes[1], rel=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_processes_that_read_ahead_change_no_result(
+    llava_dir: Path, samples: list[Sample], schedules: Any, tmp_path: Path
+) -> None:
+    outcomes = []
+    for workers in (0, 2):
+        backbone = Backbone.from_pretrained(llava_dir)
+        config = schedules["lora"].model_copy(update={"workers": workers, "epochs": 1})
+        work = Work(tmp_path / f"{workers}", report_to=())
+        train_lora(backbone, dialogues(of_lengths(samples, 8)), config, work)
+        outcomes.append(backbone.model.state_dict())
+    torch.testing.assert_close(*outcomes, rtol=0, atol=0)
+
+
 def test_little_is_padding_where_lengths_are_grouped(
     llava_dir: Path, samples: list[Sample], schedules: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
@@ -191,9 +212,8 @@ def test_little_is_padding_where_lengths_are_grouped(
         backbone = Backbone.from_pretrained(llava_dir)
         shapes: list[tuple[int, int]] = []
 
-        def count(self: Any, batch: Any, seen: Any = shapes, **rest: Any) -> dict[str, Tensor]:
-            lengths = [one.all for one in sizes(self.backbone, [row for row, _ in batch])]
-            seen.append((sum(lengths), len(lengths) * max(lengths)))
+        def count(self: Any, attention_mask: Tensor, seen: Any = shapes, **_: Any) -> Any:
+            seen.append((int(attention_mask.sum()), attention_mask.numel()))
             weight = next(one for one in self.parameters() if one.requires_grad)
             return {"loss": 0 * weight.sum()}
 
@@ -202,6 +222,6 @@ def test_little_is_padding_where_lengths_are_grouped(
         config = schedules["lora"].model_copy(update=changes)
         rows = dialogues(of_lengths(samples, 200))
         train_lora(backbone, rows, config, Work(tmp_path / f"{grouped}", report_to=()))
-        assert sum(real for real, _ in shapes) == sum(one.all for one in sizes(backbone, rows))
+        assert sum(real for real, _ in shapes) == sum(lengths(backbone, rows))
         waste[grouped] = 1 - sum(real for real, _ in shapes) / sum(all_ for _, all_ in shapes)
     assert waste[True] < 0.05 < waste[False]

@@ -205,7 +205,7 @@ class _Scene:
     def __init__(self, model: PsaVlm, sample: Sample) -> None:
         self.model = model
         (picture,) = [frame for image in sample.images for frame in open_images(image)]
-        self._inputs, self._marks = model.backbone.process([picture], [1])
+        self._inputs, self._marks = model.backbone.process([picture])
         self.pixels: Tensor = self._inputs["pixel_values"]  # [1, 3, S, T]
         if self.pixels.ndim != 4 or len(self.pixels) != 1:
             raise InputError("the processor makes several pictures of an image: none can be masked")

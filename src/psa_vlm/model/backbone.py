@@ -159,7 +159,7 @@ class Backbone:
 
     @cached_property
     def _builder(self) -> PromptBuilder:
-        _, (mark,) = self.process([encoding.blank()], [1])
+        _, (mark,) = self.process([encoding.blank()])
         return PromptBuilder(self.processor, mark, self.max_tokens)
 
     def positions(self, mark: str) -> int:
@@ -194,23 +194,24 @@ class Backbone:
         """
         if not images:
             raise InputError("encode needs at least one image")
-        if image_counts is None or not self.spec.grouped:
-            image_counts = [1] * len(images)
         with torch.no_grad():
-            return self.encode_inputs(*self.process(images, [c for c in image_counts if c]))
+            return self.encode_inputs(*self.process(images, image_counts))
 
     def process(
-        self, images: Sequence[Image], image_counts: Sequence[int]
-    ) -> tuple[dict[str, Any], list[str]]:
+        self, images: Sequence[Image], image_counts: Sequence[int] | None = None
+    ) -> tuple[dict[str, Tensor], list[str]]:
         """What the processor makes of images, and what stands for each in the text of a prompt.
 
         Args:
-            images: of all prompts in order.
-            image_counts: how many each prompt has, 1 or more.
+            images: of all prompts in order, 1 or more.
+            image_counts: as for `encode`.
+
+        Returns:
+            Tensors on the CPU: a process without the model's device can make them too.
         """
         return encoding.process(self, images, image_counts)
 
-    def encode_inputs(self, inputs: Mapping[str, Any], marks: Sequence[str]) -> ImageFeatures:
+    def encode_inputs(self, inputs: Mapping[str, Tensor], marks: Sequence[str]) -> ImageFeatures:
         """`encode` of what `process` made of images; gradients pass to the pixel values.
 
         Raises:
@@ -287,14 +288,26 @@ class Backbone:
             CheckpointError: if the chat template does not write one mark for each image.
         """
         marks = None if features is None else features.marks
+        inputs = self.tokenize(conversations, image_counts, hints, answers, marks)
+        device = self.device
+        return {name: tensor.to(device) for name, tensor in inputs.items()}
+
+    def tokenize(
+        self,
+        conversations: Sequence[Sequence[Turn]],
+        image_counts: Sequence[int],
+        hints: Sequence[str | None] | None = None,
+        answers: Sequence[str] | None = None,
+        marks: Sequence[str] | None = None,
+    ) -> dict[str, Tensor]:
+        """`prompts` on the CPU, of images that `process` gave these marks but none has encoded."""
         inputs = self._builder.inputs(conversations, image_counts, hints, answers, marks)
         for name, types in self.spec.token_types.items():
             inputs[name] = types(inputs["input_ids"], inputs.get("labels"), self.image_token_id)
         if (facts := self.spec.instructed) is not None:
             texts = self._builder.questions(conversations, hints)
             inputs |= instructed.questions(self, facts, texts)
-        device = self.device
-        return {name: tensor.to(device) for name, tensor in inputs.items()}
+        return inputs
 
     def messages(
         self, conversation: Sequence[Turn], images: int, hint: str | None

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -23,12 +23,14 @@ if TYPE_CHECKING:
     from psa_vlm.model.backbone import Backbone
 
 
-def encode(backbone: Backbone, inputs: Mapping[str, Any], marks: Sequence[str]) -> ImageFeatures:
+def encode(backbone: Backbone, inputs: Mapping[str, Tensor], marks: Sequence[str]) -> ImageFeatures:
     """See :meth:`psa_vlm.model.backbone.Backbone.encode_inputs`.
 
     Raises:
         CheckpointError: if the processor writes more or fewer positions than the model makes.
     """
+    device = backbone.device
+    inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
     wanted = {name: inputs[name] for name in backbone.spec.image_inputs if name in inputs}
     positions = [backbone.positions(mark) for mark in marks]
     if backbone.spec.projector is None:  # h_i is made when the prompt is known
@@ -62,9 +64,11 @@ def encode(backbone: Backbone, inputs: Mapping[str, Any], marks: Sequence[str]) 
 
 
 def process(
-    backbone: Backbone, images: Sequence[Image], image_counts: Sequence[int]
-) -> tuple[dict[str, Any], list[str]]:
+    backbone: Backbone, images: Sequence[Image], image_counts: Sequence[int] | None
+) -> tuple[dict[str, Tensor], list[str]]:
     """See :meth:`psa_vlm.model.backbone.Backbone.process`."""
+    if image_counts is None or not backbone.spec.grouped:
+        image_counts = [1] * len(images)
     mark = image_mark(backbone.processor)
     if (instructed := backbone.spec.instructed) is not None:
         inputs = backbone.processor.image_processor(list(images), return_tensors="pt")
@@ -72,15 +76,15 @@ def process(
     else:
         rest = iter(images)
         inputs = backbone.processor(
-            images=[list(islice(rest, count)) for count in image_counts],
-            text=[mark * count for count in image_counts],
+            images=[list(islice(rest, count)) for count in image_counts if count],
+            text=[mark * count for count in image_counts if count],
             images_kwargs={"return_tensors": "pt"},
             text_kwargs={"return_tensors": None, "verbose": False},
             return_text_replacement_offsets=True,
         )
         offsets = inputs["text_replacement_offsets"]
         marks = [one["replacement"] for row in offsets for one in row]
-    tensors = {name: v.to(backbone.device) for name, v in inputs.items() if isinstance(v, Tensor)}
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
     tensors["pixel_values"] = tensors["pixel_values"].to(backbone.dtype)
     return tensors, marks
 

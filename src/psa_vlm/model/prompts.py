@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 """Label of the positions that the loss leaves out."""
+IMITATED = "the text imitates control tokens and can't be made plain"
 REMEMBERED = 256
 """Shapes of conversations (roles, images, hint) whose control tokens are kept."""
 
@@ -41,7 +42,8 @@ class PromptBuilder:
         self.mark = image_mark(processor)
         self.image = self.mark * image if isinstance(image, int) else image
         self.max_tokens = max_tokens
-        self._expected = lru_cache(REMEMBERED)(self._count_structure)
+        self._structure = lru_cache(REMEMBERED)(self._count_structure)
+        self._in_mark = lru_cache(REMEMBERED)(self._count_in_mark)
 
     def inputs(
         self,
@@ -83,7 +85,7 @@ class PromptBuilder:
         self, turns: Sequence[Turn], images: int, hint: str | None
     ) -> list[dict[str, Any]]:
         """Chat messages of plain words: :meth:`psa_vlm.model.backbone.Backbone.messages`."""
-        return self._checked(turns, images, hint)[0]
+        return self._checked(turns, [self.mark] * images, hint)[0]
 
     def questions(
         self, conversations: Sequence[Sequence[Turn]], hints: Sequence[str | None] | None
@@ -94,35 +96,42 @@ class PromptBuilder:
         return [_hinted(guard.clean(turns[-1].text), hint) for turns, hint in rows]
 
     def _checked(
-        self, turns: Sequence[Turn], images: int, hint: str | None
+        self, turns: Sequence[Turn], marks: Sequence[str], hint: str | None
     ) -> tuple[list[dict[str, Any]], str, list[int]]:
         """Messages in which no text can pass for structure, their prompt, and its ids."""
         check_conversation(turns)
         guard = guard_of(self.processor)
         roles, texts = [turn.role for turn in turns], [guard.clean(turn.text) for turn in turns]
-        messages = chat(roles, texts, images, hint)
-        prompt = self._render(messages, add_generation_prompt=True)
+        messages = chat(roles, texts, len(marks), hint)
+        expected = Counter(self._structure(guard, tuple(roles), len(marks), hint))
+        prompt = self._expanded(self._render(messages, add_generation_prompt=True), marks)
         ids = self._ids(prompt)
-        if self._expected(guard, tuple(roles), images, hint) != guard.structure(ids):
-            raise InputError("the text imitates control tokens and can't be made plain")
+        for mark in marks:
+            expected.update(self._in_mark(guard, mark))
+        if guard.structure(ids) != expected:
+            raise InputError(IMITATED)
         return messages, prompt, ids
 
     def _row(
         self, turns: Sequence[Turn], marks: Sequence[str], hint: str | None, answer: str | None
     ) -> tuple[list[int], list[int]]:
         """Ids of the prompt, and of the answer with its end of turn (empty without an answer)."""
-        messages, prompt, ids = self._checked(turns, len(marks), hint)
-        expanded = self._ids(self._expanded(prompt, marks)) if marks else ids
+        messages, prompt, ids = self._checked(turns, marks, hint)
         if answer is None:
-            return expanded, []
+            return ids, []
         answer = guard_of(self.processor).clean(answer)
-        return expanded, self._answer_ids(messages, prompt, ids, answer)
+        return ids, self._answer_ids(messages, marks, prompt, ids, answer)
 
     def _answer_ids(
-        self, messages: list[dict[str, Any]], prompt: str, prompt_ids: list[int], answer: str
+        self,
+        messages: list[dict[str, Any]],
+        marks: Sequence[str],
+        prompt: str,
+        prompt_ids: list[int],
+        answer: str,
     ) -> list[int]:
         turn = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
-        whole = self._render([*messages, turn])
+        whole = self._expanded(self._render([*messages, turn]), marks)
         if not whole.startswith(prompt):
             raise CheckpointError(
                 "the chat template's generation prompt differs from what it writes before an answer"
@@ -149,7 +158,9 @@ class PromptBuilder:
 
     def _expanded(self, prompt: str, marks: Sequence[str]) -> str:
         """The text with all that stands for each image in place of its mark."""
-        parts = prompt.split(self.mark)  # no text of a user holds one
+        parts = prompt.split(self.mark)
+        if len(parts) != len(marks) + 1:
+            raise InputError(IMITATED)
         return "".join(part + mark for part, mark in zip(parts, [*marks, ""], strict=True))
 
     def _ids(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -163,7 +174,7 @@ class PromptBuilder:
     def _count_structure(
         self, guard: Guard, roles: tuple[str, ...], images: int, hint: str | None
     ) -> Counter[int]:
-        """How often each control token stands in a prompt of plain words.
+        """How often each control token stands in a prompt of plain words, image marks aside.
 
         Raises:
             CheckpointError: if the chat template does not write one mark for each image.
@@ -180,7 +191,12 @@ class PromptBuilder:
                 f"the chat template writes {found[image]} image marks for {images} images: "
                 "it must write one for each, with the safety tokens before it"
             )
+        del found[image]
         return found
+
+    def _count_in_mark(self, guard: Guard, mark: str) -> Counter[int]:
+        """How often each control token stands in what an image is written as."""
+        return guard.structure(self._ids(mark, add_special_tokens=False))
 
     def _batch(
         self, rows: list[tuple[list[int], list[int]]], longest: int, training: bool

@@ -52,7 +52,7 @@ class Victim:
         if len({picture.size for picture in pictures}) > 1:
             raise InputError("images of one attack must be of one size: group them")
         self.clean = tensor_of(pictures).to(model.backbone.device)  # [B, 3, H, W]
-        self._inputs, self._marks = model.backbone.process(pictures, [1] * len(pictures))
+        self._inputs, self._marks = model.backbone.process(pictures)
         self._prompts: dict[tuple[str | None, ...], dict[str, Tensor]] = {}
         self._parts: dict[tuple[int, ...], Victim] = {}
 

@@ -66,7 +66,7 @@ class Hardener:
 
     def _changed(self, pictures: list[Image], rows: list[int], loss: Loss) -> tuple[Tensor, ...]:
         config, device = self.config, self.backbone.device
-        inputs, marks = self.backbone.process(pictures, [1] * len(pictures))
+        inputs, marks = self.backbone.process(pictures)
 
         def encode(x: Tensor) -> tuple[Tensor, ...]:
             values = self.pixels(x).to(self.backbone.dtype)

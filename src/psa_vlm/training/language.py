@@ -5,31 +5,32 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from transformers import set_seed
 
 from psa_vlm.data.images import Source, open_images
 from psa_vlm.data.sample import Sample, Turn
-from psa_vlm.errors import DataError
+from psa_vlm.errors import DataError, InputError
 from psa_vlm.model.backbone import Backbone
 from psa_vlm.model.prompts import IGNORED
 from psa_vlm.model.tokens import add_safety_tokens
+from psa_vlm.progress import track
 from psa_vlm.training.config import LanguageSchedule, LoraConfig, TokensConfig
-from psa_vlm.training.fit import History, Task, Work, fit
+from psa_vlm.training.fit import History, Rows, Task, Work, fit
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
-    from PIL.Image import Image
 
 
 @dataclass(frozen=True)
 class Dialogue:
     """What the language model is to say."""
 
+    id: str
+    """Of its sample."""
     images: tuple[Source, ...]
     """Files or pictures."""
     conversation: tuple[Turn, ...]
@@ -59,7 +60,7 @@ def dialogues(
             " first: the language model has nothing to learn there; complete or remove them"
         )
     return [
-        Dialogue(sample.images, _until_question(sample), sample.answer or "", hint)
+        Dialogue(sample.id, sample.images, _until_question(sample), sample.answer or "", hint)
         for sample, hint in zip(samples, hints or [None] * len(samples), strict=True)
     ]
 
@@ -71,50 +72,52 @@ def _until_question(sample: Sample) -> tuple[Turn, ...]:
     return tuple(turns)
 
 
-class Size(NamedTuple):
-    """How many tokens a dialogue has."""
+def lengths(backbone: Backbone, rows: Sequence[Dialogue]) -> list[int]:
+    """How many tokens each dialogue has, its images taken as small ones.
 
-    all: int
-    """Prompt and answer, its images taken as small ones."""
-    answer: int
-    """Those that the loss is on."""
+    Raises:
+        DataError: one can't be written as a prompt, which shows before anything is trained.
+    """
+    found = []
+    for row in track(rows, "prompts"):
+        try:
+            prompt = backbone.tokenize(
+                [row.conversation], [len(row.images)], [row.hint], [row.answer]
+            )
+        except InputError as error:
+            raise DataError(f"sample {row.id}: {error}") from None
+        found.append(prompt["labels"].numel())
+    return found
 
 
-def sizes(backbone: Backbone, rows: Sequence[Dialogue]) -> list[Size]:
-    """Count the tokens of each dialogue."""
-    counted = []
-    for row in rows:
-        prompt = backbone.prompts(
-            [row.conversation], [len(row.images)], [row.hint], answers=[row.answer]
+class Collate:
+    """Makes a batch ready for the model, in whatever process reads ahead: images and prompts.
+
+    Args:
+        backbone: its processor is used, and its model left alone.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.backbone = backbone
+
+    def __call__(self, rows: Sequence[Dialogue]) -> dict[str, Any]:
+        """What `_Answers` takes, of B dialogues.
+
+        Raises:
+            ImageError: an image can't be used.
+            InputError: a dialogue can't be written as a prompt.
+        """
+        opened = [[frame for one in row.images for frame in open_images(one)] for row in rows]
+        images, counts = [one for some in opened for one in some], [len(some) for some in opened]
+        pixels, marks = self.backbone.process(images, counts) if images else ({}, [])
+        prompts = self.backbone.tokenize(
+            [row.conversation for row in rows],
+            counts,
+            [row.hint for row in rows],
+            [row.answer for row in rows],
+            marks,
         )
-        counted.append(Size(prompt["labels"].numel(), _answer_tokens(prompt["labels"])))
-    return counted
-
-
-def _answer_tokens(labels: Tensor) -> int:
-    return int((labels != IGNORED).sum())
-
-
-class _Opened(Dataset[tuple[Dialogue, "list[Image]", Size]]):
-    """Dialogues with their images open, read as they are needed."""
-
-    def __init__(self, rows: Sequence[Dialogue], counted: Sequence[Size]) -> None:
-        self.rows = rows
-        self.sizes = counted
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> tuple[Dialogue, list[Image], Size]:
-        row = self.rows[index]
-        images = [frame for image in row.images for frame in open_images(image)]
-        return row, images, self.sizes[index]
-
-
-def _collate(batch: list[tuple[Dialogue, list[Image], Size]]) -> dict[str, Any]:
-    """The batch, and as many labels as its answers have tokens, for Trainer to count."""
-    tokens = sum(size.answer for _, _, size in batch)
-    return {"batch": [(row, images) for row, images, _ in batch], "labels": torch.zeros(tokens)}
+        return {"pixels": pixels, "marks": marks, **prompts}
 
 
 def layers(model: nn.Module, backbone: Backbone) -> list[str]:
@@ -124,11 +127,11 @@ def layers(model: nn.Module, backbone: Backbone) -> list[str]:
 
 
 class _Answers(Task):
-    """The language-model loss on the answers, with prompts as inference builds them.
+    """The language-model loss on the answers, of batches that `Collate` makes.
 
     Args:
         model: the backbone's model with what is trained inside it, as PEFT wraps it.
-        backbone: builds prompts and encodes images.
+        backbone: encodes images.
     """
 
     accepts_loss_kwargs = True
@@ -148,34 +151,29 @@ class _Answers(Task):
 
     def forward(
         self,
-        batch: list[tuple[Dialogue, list[Image]]],
-        labels: Tensor | None = None,
+        pixels: dict[str, Tensor],
+        marks: list[str],
         num_items_in_batch: Tensor | None = None,
+        **prompts: Tensor,
     ) -> dict[str, Tensor]:
         """The mean over the tokens of the answers.
 
         Args:
-            batch: B dialogues with their images.
-            labels: for Trainer.
+            pixels: of all images, as `process` makes them.
+            marks: of each image.
             num_items_in_batch: tokens that the mean is over, if this batch is part of a step: so
                 a step is the same in however many parts it is computed.
+            prompts: B prompts with their answers, as `tokenize` makes them.
         """
-        rows = [dialogue for dialogue, _ in batch]
-        images = [image for _, images in batch for image in images]
-        counts = [len(images) for _, images in batch]
-        features = self.backbone.encode(images, counts) if images else None
-        inputs = self.backbone.prompts(
-            [row.conversation for row in rows],
-            counts,
-            [row.hint for row in rows],
-            answers=[row.answer for row in rows],
-            features=features,
-        )
-        arguments = self.backbone.arguments(inputs, features)
-        output = self.backbone.language(**arguments, use_cache=False)
-        if num_items_in_batch is None:
-            return {"loss": output.loss}
-        return {"loss": output.loss * (_answer_tokens(inputs["labels"]) / num_items_in_batch)}
+        features = None
+        if marks:
+            with torch.no_grad():
+                features = self.backbone.encode_inputs(pixels, marks)
+        arguments = self.backbone.arguments(prompts, features)
+        loss = self.backbone.language(**arguments, use_cache=False).loss
+        if num_items_in_batch is not None:
+            loss = loss * (prompts["labels"] != IGNORED).sum() / num_items_in_batch
+        return {"loss": loss}
 
 
 def _fit(
@@ -187,10 +185,10 @@ def _fit(
 ) -> History:
     if schedule.gradient_checkpointing:
         backbone.model.activation_checkpointing_enable()
-    counted = sizes(backbone, rows)
-    lengths = [size.all for size in counted] if schedule.group_by_length else None
-    task = _Answers(model, backbone)
-    history = fit(task, _Opened(rows, counted), _collate, schedule, work, lengths)
+    counted = lengths(backbone, rows)
+    task, collate = _Answers(model, backbone), Collate(backbone)
+    grouped = counted if schedule.group_by_length else None
+    history = fit(task, Rows(rows), collate, schedule, work, grouped)
     if schedule.gradient_checkpointing:
         backbone.model.activation_checkpointing_disable()
     return history
