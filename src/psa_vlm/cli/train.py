@@ -21,6 +21,18 @@ class BaselineKind(StrEnum):
 
 
 @app.command()
+def encoder(config: Config, overrides: Set = None) -> None:
+    """Before stage I, if attacks matter: a base model whose vision encoder withstands them."""
+    from psa_vlm.training.config import EncoderConfig, load
+    from psa_vlm.training.encoder import run_encoder
+
+    quiet()
+    told = load(config, EncoderConfig, overrides or [])
+    run_encoder(told)
+    typer.echo(f"base model: {told.out}   next: psa-vlm train stage1 ... backbone={told.out}")
+
+
+@app.command()
 def stage1(config: Config, overrides: Set = None) -> None:
     """Safety concepts on cached features, then the safety tokens through the frozen model."""
     from psa_vlm.training.config import Stage1Config, load

@@ -109,6 +109,15 @@ class ConceptsConfig(Schedule):
     """Noise and attacks that the bottleneck learns to withstand."""
 
 
+class EncoderSchedule(Schedule):
+    """Hardening of the vision encoder, before stage I."""
+
+    eps: float = Field(default=4.0, gt=0, allow_inf_nan=False)
+    """Most change of a pixel value by an attack in training, of 255."""
+    steps: int = Field(default=10, ge=1)
+    """Gradient steps of such an attack, each a pass through the vision encoder and back."""
+
+
 class LanguageSchedule(Schedule):
     """Training through the language model."""
 
@@ -177,6 +186,21 @@ class RunConfig(Section):
                     f" {name}.log_every ({part.log_every}), so that a resumed loss curve is whole"
                 )
         return self
+
+
+class EncoderConfig(RunConfig):
+    """Before stage I: a base model whose vision encoder withstands changed pixels."""
+
+    backbone: str
+    """Folder or hub id of the vision-language model."""
+    dtype: Literal["float32"] = "float32"
+    """The encoder's weights are trained; `encoder.bfloat16` computes in bfloat16."""
+    bits: None = None
+    """What is written is a whole base model, whose language model can't be quantised."""
+    encoder: EncoderSchedule = EncoderSchedule()
+
+    def inputs(self) -> dict[str, str | Path]:
+        return {**super().inputs(), "backbone": self.backbone}
 
 
 class Stage1Config(RunConfig):

@@ -49,7 +49,7 @@ class Hardener:
         self.pixels = Pixels(backbone.processor)
 
     def __call__(self, pictures: Sequence[Image], loss: Loss) -> list[Tensor]:
-        """Features of B changed pictures, without gradients.
+        """Features of B changed pictures, through which gradients reach only the encoder's weights.
 
         Args:
             pictures: RGB.
@@ -83,5 +83,4 @@ class Hardener:
                     (gradient,) = torch.autograd.grad(loss(list(encode(x)), rows), x)
                 x = x + REACH * config.eps / max(config.steps, 2) * gradient.sign()
                 x = x.clamp(clean - config.eps, clean + config.eps)
-        with torch.no_grad():
-            return encode(x)
+        return encode(x.detach())

@@ -45,7 +45,7 @@ class Run:
     was told, so that the same command goes on and another one is refused.
 
     Args:
-        stage: 1 or 2.
+        stage: 1 or 2; 0 is what comes before.
         config: what the run is told.
         samples: what it is trained on.
         start: what it starts from.
