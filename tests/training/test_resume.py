@@ -15,7 +15,15 @@ from typing import Any
 import pytest
 
 from psa_vlm.data.sample import Sample
-from psa_vlm.training.config import RunConfig, Stage1Config, Stage2Config
+from psa_vlm.training.config import (
+    EncoderConfig,
+    EncoderSchedule,
+    RunConfig,
+    Schedule,
+    Stage1Config,
+    Stage2Config,
+)
+from psa_vlm.training.encoder import run_encoder
 from psa_vlm.training.stage1 import run_stage1
 from psa_vlm.training.stage2 import run_stage2
 
@@ -24,6 +32,7 @@ SCRIPT = str(Path(__file__).with_name("killed.py"))
 CONTEXT = get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
+        "psa_vlm.training.encoder",
         "psa_vlm.training.stage1",
         "psa_vlm.training.stage2",
         "peft",
@@ -124,6 +133,27 @@ def test_stage1_killed_again_and_again(
     ]
     kill_at_each(moments, run_stage1, config, samples)
     assert_same_run(config.out, first)
+
+
+def test_the_encoder_killed_again_and_again(
+    tmp_path: Path, llava_dir: Path, samples: list[Sample], schedules: Any
+) -> None:
+    how = schedules["lora"].model_dump(include=set(Schedule.model_fields))
+    fields: dict[str, Any] = {"backbone": str(llava_dir), "report_to": ()}
+    fields["encoder"] = EncoderSchedule(**{**how, "batch_size": 1})
+    whole, config = (EncoderConfig(out=tmp_path / n / "base", **fields) for n in "ab")
+    run_encoder(whole, samples)
+    moments = [
+        "record half written",
+        "between checkpoints",
+        "checkpoint half written",
+        "checkpoint not marked",
+        "all checkpoints written",
+        "run half written",
+        "work not deleted",
+    ]
+    kill_at_each(moments, run_encoder, config, samples)
+    assert weights(config.out) and weights(config.out) == weights(whole.out)
 
 
 def test_stage2_killed_again_and_again(

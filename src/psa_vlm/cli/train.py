@@ -29,7 +29,7 @@ def encoder(config: Config, overrides: Set = None) -> None:
     quiet()
     told = load(config, EncoderConfig, overrides or [])
     run_encoder(told)
-    typer.echo(f"base model: {told.out}   next: psa-vlm train stage1 ... backbone={told.out}")
+    typer.echo(f"base model: {told.out}   next: psa-vlm train stage1 ... --set backbone={told.out}")
 
 
 @app.command()
