@@ -1,13 +1,15 @@
-"""What hardening the bottleneck buys and what it costs, on the testbed.
+"""What hardening buys and what it costs, on the testbed.
 
     python benchmarks/defence.py runs/demo/stage2                      # hours on two cores
+    python benchmarks/defence.py runs/demo/stage2 --beside runs/hardened/stage2 --recipes plain
     python benchmarks/defence.py runs/demo/stage2 --scenes 200 --epochs 1 --requests 8 --steps 20
 
 Bottlenecks are trained on the same scenes with the same seed: one plainly, one under noise on its
 features, one under attack (`concepts.hardening`). Each is put into the run, whose language model
 stays as it is, and measured on the same held-out requests: clean, and under the adaptive attack at
 eps 8/255 as `psa-vlm attack` makes it (the worst of three weights counts for each request). What is
-trained is kept in --work, so that a stopped benchmark goes on.
+trained is kept in --work, so that a stopped benchmark goes on. Runs named by --beside, on a base
+model whose vision encoder was hardened (docs/attacks.md), are put to the same as they are.
 """
 
 from __future__ import annotations
@@ -50,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("--base", type=Path, help="where the base model is now")
+    parser.add_argument("--beside", type=Path, nargs="+", default=[], help="runs, as they are")
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES))
     parser.add_argument("--scenes", type=int, default=2000)
     parser.add_argument("--epochs", type=int, default=15)
@@ -67,6 +70,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in options.recipes:
         model.bottleneck = trained(model, name, options)
         results.append({"recipe": name, **measured(model, asked, options)})
+        shown(results)
+    for run in options.beside:
+        model = PsaVlm.from_pretrained(run, calibrated=False)
+        results.append({"recipe": str(run), **measured(model, asked, options)})
         shown(results)
     rows = [
         {name: vars(one) if isinstance(one, Interval) else one for name, one in row.items()}

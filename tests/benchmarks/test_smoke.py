@@ -254,7 +254,10 @@ def test_defence(scripts: dict[str, ModuleType], run_dir: Path, tmp_path: Path) 
     one = ("--scenes", "2", "--epochs", "1", "--requests", "1", "--steps", "1", "--restarts", "1")
     out = tmp_path / "out.json"
     where = ("--work", str(tmp_path / "work"), "--json", str(out))
-    scripts["defence"].main([str(run_dir), "--recipes", "adversarial", *one, *where])
-    (row,) = json.loads(out.read_text())["rows"]
-    assert row["recipe"] == "adversarial" and len(row) == 6
-    assert {share["n"] for name, share in row.items() if name != "recipe"} == {1}
+    what = ("--recipes", "adversarial", "--beside", str(run_dir))
+    scripts["defence"].main([str(run_dir), *what, *one, *where])
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["recipe"] for row in rows] == ["adversarial", str(run_dir)]
+    for row in rows:
+        assert len(row) == 6
+        assert {share["n"] for name, share in row.items() if name != "recipe"} == {1}
