@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,19 @@ def test_a_change_is_named_where_it_is_clear(records: Make) -> None:
     refused = row["risky refused"]
     assert isinstance(refused, Change) and refused.value == pytest.approx(-0.3) and refused.n == 60
     assert len(page.plots) == 6 and page.plots[0][1]["data"][0]["y"][0] == WHOLE
+
+
+def test_several_seeds_stand_side_by_side(records: Make) -> None:
+    """What one seed alone shows is seen to be so."""
+    whole = [replace(one, seed=seed) for seed in (0, 1) for one in records(20)]
+    less = [*records(20, risky=6), *(replace(one, seed=1) for one in records(20))]
+    caption, header, rows = ablation.page({WHOLE: whole, "without hints": less}).tables[2]
+    assert "seed by seed" in caption and header == ("method", "seed 0", "seed 1")
+    ((name, first, second),) = rows
+    assert name == "without hints" and isinstance(first, Change) and isinstance(second, Change)
+    assert first.value == pytest.approx(-0.075) and second.value == 0
+    captions = [one[0] for one in ablation.page({WHOLE: records(20)}).tables]
+    assert not any("seed by seed" in one for one in captions)
 
 
 def test_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,8 +21,8 @@ Psa = Callable[..., tuple[int, str]]
 def psa(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Psa:
     """Runs `psa-vlm experiment` with made-up experiments; gives the exit code and stderr."""
 
-    def trains(out: Path, scale: str, seed: int) -> Page:
-        return Page("trains", f"{scale} {seed}", [])
+    def trains(out: Path, scale: str, seed: int, seeds: int | None = None) -> Page:
+        return Page("trains", f"{scale} {seed} {seeds}", [])
 
     def reads(out: Path, scale: str, seed: int, run: Path) -> Page:
         return Page("reads", str(run), [])
@@ -56,8 +56,13 @@ def result(folder: Path) -> dict[str, object]:
 
 def test_an_experiment_is_told_scale_and_seed(psa: Psa, tmp_path: Path) -> None:
     assert psa("trains", "--scale", "full", "--seed", 7, "--out", tmp_path)[0] == 0
-    assert result(tmp_path)["question"] == "full 7"
+    assert result(tmp_path)["question"] == "full 7 None"
     assert result(tmp_path)["command"] == "psa-vlm experiment trains --scale full --seed 7"
+    assert psa("trains", "--seeds", 3, "--out", tmp_path)[0] == 0
+    assert result(tmp_path)["question"] == "small 0 3"
+    assert result(tmp_path)["command"] == (
+        "psa-vlm experiment trains --seeds 3 --scale small --seed 0"
+    )
 
 
 def test_an_experiment_that_reads_a_run_is_given_it(psa: Psa, tmp_path: Path) -> None:
@@ -82,6 +87,7 @@ def test_an_experiment_is_given_the_options_that_it_has(psa: Psa, tmp_path: Path
         (["reads"], "the experiment reads reads a run: name one with --run"),
         (["trains", "--run", "x"], "leave --run out"),
         (["reads", "--run", "x", "--tag", "y"], "the experiment reads has no --tag"),
+        (["reads", "--run", "x", "--seeds", "2"], "the experiment reads has no --seeds"),
     ],
 )
 def test_what_is_wrong_is_one_line(

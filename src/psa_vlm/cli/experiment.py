@@ -21,6 +21,9 @@ def experiment(
         Scale, typer.Option(help="small: 15 minutes on two cores; full goes on where it stopped.")
     ] = Scale.small,
     seed: Annotated[int, typer.Option(help="The first, of data and training.")] = 0,
+    seeds: Annotated[
+        int | None, typer.Option(help="ratio, ablation: how many; default: the scale's.", min=1)
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the page; default: runs/experiments/NAME.")
     ] = None,
@@ -52,7 +55,14 @@ def experiment(
         raise InputError(f"the experiment {name} reads a run: name one with --run")
     if run is not None and "run" not in taken:
         raise InputError(f"the experiment {name} trains its own runs: leave --run out")
-    options = {"run": run, "base": base, "data": data, "images": images, "tag": tag}
+    options = {
+        "run": run,
+        "base": base,
+        "data": data,
+        "images": images,
+        "tag": tag,
+        "seeds": seeds,
+    }
     given = {option: value for option, value in options.items() if value is not None}
     if unknown := [option for option in given if option not in taken]:
         raise InputError(f"the experiment {name} has no --{unknown[0]}: leave it out")

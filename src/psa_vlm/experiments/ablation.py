@@ -57,13 +57,23 @@ Changes = dict[str, dict[str, Change | None]]
 """Of every arm but the whole method, the change of each share."""
 
 
-def run(out: Path, scale: str, seed: int) -> Page:
-    """Train and measure every arm; what is in `out` already is not done again."""
+def run(out: Path, scale: str, seed: int, seeds: int | None = None) -> Page:
+    """Train and measure every arm; what is in `out` already is not done again.
+
+    Args:
+        out: the experiment's folder.
+        scale: a name in `SCALES`.
+        seed: the first, of scenes, training and requests.
+        seeds: how many; None is the scale's.
+    """
     size = SCALES[scale]
     scenes = Scenes(f"{size.alignment} scenes", partial(alignment_samples, size.alignment))
-    seeds = range(seed, seed + size.seeds)
     results = {
-        name: [record for one in seeds for record in measure(out, arm, scenes, size.per_cell, one)]
+        name: [
+            record
+            for one in range(seed, seed + (seeds or size.seeds))
+            for record in measure(out, arm, scenes, size.per_cell, one)
+        ]
         for name, arm in ARMS.items()
     }
     return page(results)
@@ -78,7 +88,7 @@ def page(results: Results) -> Page:
         for name, records in results.items()
         if name != WHOLE
     }
-    tables = [_table("All held-out splits", results), _table_of(changes)]
+    tables = [_table("All held-out splits", results), _table_of(changes), *_by_seed(results)]
     for split, words in SPLITS.items():
         some = {
             name: [one for one in records if one.split == split]
@@ -140,6 +150,24 @@ def _table_of(changes: Changes) -> Table:
         ("method", *MEASURES),
         [[name, *found.values()] for name, found in changes.items()],
     )
+
+
+def _by_seed(results: Results) -> list[Table]:
+    """How much of a change another seed repeats, if there are several."""
+    seeds = sorted({one.seed for one in results[WHOLE]})
+    if len(seeds) < 2:
+        return []
+    of = {
+        name: [[one for one in records if one.seed == seed] for seed in seeds]
+        for name, records in results.items()
+    }
+    rows: list[list[Cell]] = [
+        [name, *(change(*pair, handled) for pair in zip(of[WHOLE], own, strict=True))]
+        for name, own in of.items()
+        if name != WHOLE
+    ]
+    caption = "Handled rightly, seed by seed: change against the whole method, in percentage points"
+    return [Table(caption, ("method", *(f"seed {seed}" for seed in seeds)), rows)]
 
 
 def _notes(changes: Changes) -> list[str]:

@@ -76,8 +76,15 @@ Results = dict[tuple[Line, float], list[Record]]
 """The records of every line and ratio, of all seeds in order."""
 
 
-def run(out: Path, scale: str, seed: int) -> Page:
-    """Train and measure every line and ratio; what is in `out` already is not done again."""
+def run(out: Path, scale: str, seed: int, seeds: int | None = None) -> Page:
+    """Train and measure every line and ratio; what is in `out` already is not done again.
+
+    Args:
+        out: the experiment's folder.
+        scale: a name in `SCALES`.
+        seed: the first, of scenes, training and requests.
+        seeds: how many; None is the scale's.
+    """
     size = SCALES[scale]
     results: Results = {}
     for line in size.lines:
@@ -88,7 +95,7 @@ def run(out: Path, scale: str, seed: int) -> Page:
             )
             results[line, ratio] = [
                 record
-                for one in range(seed, seed + size.seeds)
+                for one in range(seed, seed + (seeds or size.seeds))
                 for record in measure(out, line.arm, scenes, size.per_cell, one)
             ]
     return page(results)
