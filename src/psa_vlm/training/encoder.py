@@ -115,10 +115,9 @@ class _Encoder(Task):
         wanted = self.original.encode(pictures).maps  # [H, W, Dv] of each
 
         def distance(maps: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
-            pairs = [(one, wanted[row]) for one, row in zip(maps, rows, strict=True)]
-            return torch.stack(
-                [(one - two).square().mean() / two.var() for one, two in pairs]
-            ).mean()
+            pairs = zip(maps, rows, strict=True)
+            far = [(one - wanted[row]).square().mean() / wanted[row].var() for one, row in pairs]
+            return torch.stack(far).mean()
 
         rows = range(len(pictures))
         clean = self.backbone.encode_inputs(*self.backbone.process(pictures)).maps

@@ -1,8 +1,8 @@
-"""Noise and attacks while the bottleneck learns: what it is to withstand later.
+"""Noise and attacks in training: what a bottleneck, or a vision encoder, is to withstand later.
 
 Adversarial training is that of Madry et al. 2018 (arXiv:1706.06083), few steps from a random start
-(Wong et al. 2020, arXiv:2001.03994), through the frozen vision encoder. Shape letters: B images,
-H x W the grid of their features, Dv vision width.
+(Wong et al. 2020, arXiv:2001.03994), through the vision encoder. Shape letters: B images, H x W the
+grid of their features, Dv vision width.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Hardener:
     """Changes pictures for the worse, within bounds, and encodes them.
 
     Args:
-        backbone: its vision encoder, which stays as it is.
+        backbone: its vision encoder is attacked.
         config: how far.
 
     Raises:
