@@ -63,7 +63,7 @@ class Scale:
 
 
 SCALES = {
-    "small": Scale((Line(100), Line(300)), (0.1, RULE, 1.0, 10.0), per_cell=60, seeds=1),
+    "small": Scale((Line(30), Line(100), Line(300)), (0.1, RULE, 1.0, 10.0), per_cell=60, seeds=1),
     "full": Scale(
         (Line(100), Line(300), Line(1000), Line(300, balanced=True)),
         (0.1, RULE, 0.3, 1.0, 3.0, 10.0),
