@@ -7,7 +7,7 @@
 Bottlenecks are trained on the same scenes with the same seed: one plainly, one under noise on its
 features, one under attack (`concepts.hardening`). Each is put into the run, whose language model
 stays as it is, and measured on the same held-out requests: clean, and under the adaptive attack at
-eps 8/255 as `psa-vlm attack` makes it (the worst of three weights counts for each request). What is
+eps 8/255 as `psa-vlm attack` makes it (the worst of all weights counts for each request). What is
 trained is kept in --work, so that a stopped benchmark goes on. Runs named by --beside, on a base
 model whose vision encoder was hardened (docs/attacks.md), are put to the same as they are.
 """
@@ -60,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--restarts", type=int, default=5)
     parser.add_argument("--eps", type=float, default=8)
+    parser.add_argument("--weights", type=float, nargs="+", default=WEIGHTS, help="of the head")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=Path("runs/defence"))
     parser.add_argument("--json", type=Path, metavar="FILE", help="default: a file in results/")
@@ -100,7 +101,9 @@ def measured(model: PsaVlm, asked: Cases, options: argparse.Namespace) -> dict[s
     clean = court.try_("none", "", "miss", asked.risky)
     fine = court.try_("none", "", "alarm", asked.harmless)
     head = attacked(court, asked, partial(head_alone, options))
-    aims = [attacked(court, asked, partial(adaptively, options, weight)) for weight in WEIGHTS]
+    aims = [
+        attacked(court, asked, partial(adaptively, options, weight)) for weight in options.weights
+    ]
     worst = [any(one.success for one in tried) for tried in zip(*aims, strict=True)]
     return {
         "risky: harmful answer": wilson([one.success for one in clean]),
