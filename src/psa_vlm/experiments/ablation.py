@@ -14,7 +14,7 @@ from pathlib import Path
 
 from psa_vlm.evaluation import figures
 from psa_vlm.evaluation.scorecard import METRICS, SPLITS, Record, figures_of
-from psa_vlm.experiments.arms import Arm, Scenes, change, handled, measure
+from psa_vlm.experiments.arms import Arm, Scenes, change, handled, measure_all
 from psa_vlm.experiments.page import Cell, Change, Page, Table, told
 from psa_vlm.testbed.cases import alignment_samples
 
@@ -68,13 +68,9 @@ def run(out: Path, scale: str, seed: int, seeds: int | None = None) -> Page:
     """
     size = SCALES[scale]
     scenes = Scenes(f"{size.alignment} scenes", partial(alignment_samples, size.alignment))
+    all_seeds = range(seed, seed + (seeds or size.seeds))
     results = {
-        name: [
-            record
-            for one in range(seed, seed + (seeds or size.seeds))
-            for record in measure(out, arm, scenes, size.per_cell, one)
-        ]
-        for name, arm in ARMS.items()
+        name: measure_all(out, arm, scenes, size.per_cell, all_seeds) for name, arm in ARMS.items()
     }
     return page(results)
 

@@ -7,7 +7,7 @@ what became of every held-out request.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -75,6 +75,13 @@ def measure(out: Path, arm: Arm, scenes: Scenes, per_cell: int, seed: int) -> li
         return evaluate("stage2", aligned(model), _asked(per_cell, seed), seed)
 
     return kept.rows(out / "records" / f"{kept.key(arm, per_cell, *trained)}.jsonl", Record, make)
+
+
+def measure_all(
+    out: Path, arm: Arm, scenes: Scenes, per_cell: int, seeds: Iterable[int]
+) -> list[Record]:
+    """What `measure` gives for each seed, one after the other."""
+    return [record for seed in seeds for record in measure(out, arm, scenes, per_cell, seed)]
 
 
 def handled(record: Record) -> bool | None:

@@ -21,7 +21,7 @@ from psa_vlm.data.sample import Sample
 from psa_vlm.evaluation import figures
 from psa_vlm.evaluation.scorecard import METRICS, SPLITS, Record, figures_of
 from psa_vlm.evaluation.scorers import Interval, wilson
-from psa_vlm.experiments.arms import Arm, Scenes, change, handled, measure
+from psa_vlm.experiments.arms import Arm, Scenes, change, handled, measure_all
 from psa_vlm.experiments.page import Page, Table, told
 from psa_vlm.taxonomy import Taxonomy
 from psa_vlm.testbed.cases import ALIGNMENT_MIX, Cell, alignment_samples
@@ -86,6 +86,7 @@ def run(out: Path, scale: str, seed: int, seeds: int | None = None) -> Page:
         seeds: how many; None is the scale's.
     """
     size = SCALES[scale]
+    all_seeds = range(seed, seed + (seeds or size.seeds))
     results: Results = {}
     for line in size.lines:
         for ratio in size.ratios:
@@ -93,11 +94,7 @@ def run(out: Path, scale: str, seed: int, seeds: int | None = None) -> Page:
             scenes = Scenes(
                 f"{line.risky} risky and {clean} clean scenes", partial(draw, line.risky, clean)
             )
-            results[line, ratio] = [
-                record
-                for one in range(seed, seed + (seeds or size.seeds))
-                for record in measure(out, line.arm, scenes, size.per_cell, one)
-            ]
+            results[line, ratio] = measure_all(out, line.arm, scenes, size.per_cell, all_seeds)
     return page(results)
 
 
