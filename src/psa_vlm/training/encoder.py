@@ -22,6 +22,7 @@ from psa_vlm.data.sample import Sample
 from psa_vlm.errors import DataError
 from psa_vlm.model.backbone import Backbone
 from psa_vlm.model.checkpoint import atomic_folder
+from psa_vlm.model.pixels import Pixels
 from psa_vlm.sharing.provenance import HISTORY, RECORD
 from psa_vlm.taxonomy import Taxonomy
 from psa_vlm.training.config import EncoderConfig, EncoderSchedule, Hardening
@@ -49,11 +50,13 @@ def run_encoder(config: EncoderConfig, samples: Sequence[Sample] | None = None) 
         DataError: samples can't be used.
         ImageError: an image can't be used.
         InputError: gradients can't pass through the processor.
+        NoLanguageModel: the backbone is a dual encoder.
         CheckpointError: the backbone can't be read, or a checkpoint can't be written.
     """
     samples = read_samples(config, Taxonomy.default()) if samples is None else samples
     how = loading(config)
     backbone = Backbone.from_pretrained(config.backbone, **how)
+    check_hardenable(backbone, samples)  # before a work folder is begun
     run = Run(0, config, samples, [backbone.model])
     if run.finished:
         run.clean()
@@ -82,14 +85,24 @@ def train_encoder(
         NoLanguageModel: the backbone is a dual encoder.
         CheckpointError: a checkpoint can't be written.
     """
-    backbone.check_writes("hardening a vision encoder")
+    check_hardenable(backbone, samples)
     images = list({image_key(one): one for sample in samples for one in sample.images}.values())
-    if not images:
-        raise DataError("the samples have no images: a vision encoder has nothing to learn there")
     task = _Encoder(backbone, config)
     history = fit(task, Rows(images), _opened, config, work)
     task.vision.requires_grad_(False)
     return history
+
+
+def check_hardenable(backbone: Backbone, samples: Sequence[Sample]) -> None:
+    """See that a vision encoder can be hardened, and on these samples.
+
+    Raises:
+        NoLanguageModel, InputError, DataError: as `train_encoder`.
+    """
+    backbone.check_writes("hardening a vision encoder")
+    Pixels(backbone.processor)
+    if not any(sample.images for sample in samples):
+        raise DataError("the samples have no images: a vision encoder has nothing to learn there")
 
 
 def _opened(images: Sequence[Source]) -> dict[str, Any]:
